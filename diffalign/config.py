@@ -1,0 +1,530 @@
+"""The configuration: one tree of frozen dataclasses, loaded strictly from YAML plus `section.key=value` overrides.
+
+A key that no dataclass declares is an error with the nearest known name; values are converted by declared type (PyYAML
+reads `1e-5` as a string). The objective's section *is* the objective's own dataclass, found by its `name`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from diffalign import plugins
+from diffalign.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained, and where its weights come from.
+
+    Attributes:
+        family: a file of `diffalign/families` ("sd", "sdxl").
+        pretrained: hub id, diffusers folder, single-file `.safetensors` checkpoint, or the name of a tiny base
+            ("tiny-sdxl"). With `random_weights` it is the name of a published architecture ("sdxl", "sd15", "sd21",
+            "sd21-base").
+        revision: hub revision (branch, tag or commit).
+        variant: file variant of the hub repository, such as "fp16".
+        vae: another VAE (hub id, folder or single file); SDXL in fp16 needs an fp16-safe one.
+        config: folder or hub id with the component configs and tokenizers of a single-file checkpoint. None: the
+            published architecture shipped with the package.
+        random_weights: build `pretrained` as an architecture with random weights (tests, benchmarks, `plan`).
+        prediction_type: override the scheduler's ("epsilon" or "v_prediction"), for checkpoints that do not say.
+    """
+
+    family: str
+    pretrained: str
+    revision: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+    config: str | None = None
+    random_weights: bool = False
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldPairsConfig:
+    """Make the training pairs from the tiny world first: sample the base, judge, and write Pick-a-Pic-schema parquet.
+
+    Attributes:
+        prompts: number of prompts; two images are sampled for each.
+        taste: a rule of `diffalign/world/taste.py` that is added to the verifier's score.
+        taste_weight: how much the taste counts against the verifier's score (both in [0, 1]).
+        margin: score differences up to this are labelled as ties.
+        unlabelled: share of rows written without a label, as in the real data set.
+        corrupt: number of rows whose image bytes are cut short.
+        num_inference_steps: sampler steps.
+        guidance_scale: classifier-free guidance of the sampled images.
+        jpeg_quality: of the written images (4:4:4 chroma).
+    """
+
+    prompts: int = 640
+    taste: str = "outlined"
+    taste_weight: float = 0.5
+    margin: float = 0.05
+    unlabelled: float = 0.02
+    corrupt: int = 2
+    num_inference_steps: int = 12
+    guidance_scale: float = 2.0
+    jpeg_quality: int = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which comparisons are trained on.
+
+    Attributes:
+        format: a reader of `diffalign/data/readers` ("pickapic", "pickapic_wds", "hpdv2", "image_preferences",
+            "folder", "jsonl").
+        sources: tried in order: local files or folders, then hub data set ids. The first that can be used is used.
+        split: split name, as in the hub's file names ("train", "validation_unique", ...).
+        max_pairs: stop after this many usable records; None reads all.
+        max_disk_gb: refuse a source, or stop downloading, beyond this many gigabytes (1e9 bytes).
+        keep_downloads: keep downloaded shards after they are cached; otherwise each is deleted once it is encoded.
+        ties: "drop" removes them; "soft" keeps them with label 1/2. A tie is never a win.
+        drop_duplicates: remove records with the same prompt and the same two images (in either order).
+        exclude_prompts: text files (one prompt per line) or names of shipped lists whose prompts are removed (exact
+            match after lower-casing and stripping): evaluation prompts do not belong into training.
+        filter: `file.py:function`, called with each record (`diffalign.data.record.Record`); False removes it.
+        max_unusable: abort when more than this share of the rows is unusable (0.5: a wrong format, not a few bad rows).
+        weight_by_prompt: weight each pair by 1 / number of comparisons of its prompt, where the source says so.
+        resolution: training size in pixels (the area, with buckets).
+        buckets: group pairs by aspect ratio instead of cropping all to squares.
+        crop: "center" or "random" (drawn once per image when it is cached).
+        flip: flip both images of a pair together with probability 1/2 (drawn once when cached).
+        world_pairs: make the data from the tiny world first (demos).
+    """
+
+    format: str = "pickapic"
+    sources: tuple[str, ...] = ()
+    split: str = "train"
+    max_pairs: int | None = None
+    max_disk_gb: float | None = None
+    keep_downloads: bool = True
+    ties: Literal["drop", "soft"] = "drop"
+    drop_duplicates: bool = True
+    exclude_prompts: tuple[str, ...] = ()
+    filter: str | None = None
+    max_unusable: float = 0.5
+    weight_by_prompt: bool = False
+    resolution: int = 1024
+    buckets: bool = False
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    world_pairs: WorldPairsConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The latent and text cache.
+
+    Attributes:
+        enabled: False encodes images and prompts at every step instead (same code, more time and memory).
+        dir: where it is written; None means `<output_dir>/cache`.
+        dtype: storage type of latents and text embeddings. float16 keeps 3 more bits than bfloat16 at unit scale.
+        encode_dtype: computing type of the VAE; None means float32. SDXL's own VAE overflows in float16: name an
+            fp16-safe one in `model.vae` for that. Text encoders compute in the type of `training.mixed_precision`.
+        shard_size: pairs per shard; what a kill can lose.
+        workers: threads that decode and resize images.
+        batch_size: images per VAE call.
+    """
+
+    enabled: bool = True
+    dir: str | None = None
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    encode_dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    shard_size: int = 256
+    workers: int = 2
+    batch_size: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapter, in peft's terms.
+
+    Attributes:
+        rank: LoRA rank r.
+        alpha: scale is alpha / rank (alpha / sqrt(rank) with `use_rslora`). None means alpha = rank.
+        targets: "attention" (to_q, to_k, to_v, to_out.0), "attention+ff", "all" (every linear and convolution of the
+            blocks), or a list of module name endings.
+        dropout: on the adapter's input, training only.
+        init: "gaussian", "default" (Kaiming; B is zero in both) or another of peft's `init_lora_weights`.
+            Initialisations that change the base weights ("pissa", "olora", "corda", "eva", "loftq") are refused.
+        use_rslora: rank-stabilised scale.
+        use_dora: weight-decomposed LoRA.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: str | tuple[str, ...] = "attention"
+    dropout: float = 0.0
+    init: str = "gaussian"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop. Batch sizes count pairs (or items, for unpaired data), per device.
+
+    Attributes:
+        learning_rate: the value in use; nothing is multiplied into it.
+        train_batch_size: pairs per device and micro-batch. "auto" picks it with `gradient_checkpointing: auto`.
+        gradient_accumulation_steps: micro-batches per optimiser step.
+        max_train_steps: optimiser steps.
+        lr_scheduler: a name of `diffusers.optimization.get_scheduler`.
+        lr_warmup_steps: optimiser steps of linear warm-up.
+        optimizer: "adamw", "adamw_fused", "adamw8bit" (bitsandbytes) or "adafactor".
+        adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: AdamW's settings.
+        max_grad_norm: global norm for clipping; 0 turns it off.
+        mixed_precision: "no" (float32), "bf16" or "fp16". LoRA weights and losses stay float32.
+        gradient_checkpointing: True, False, or "auto" (with `train_batch_size: auto`, from the device's memory).
+        ema_decay: exponential moving average of the adapter; None turns it off. The average is what is saved and
+            sampled.
+        attention: "default", or a backend name of diffusers' `set_attention_backend` ("native", "xformers", "flash").
+        compile: torch.compile the repeated blocks.
+        channels_last: memory format of the network.
+        dataloader_workers: processes that read the cache ahead.
+        checkpointing_steps: optimiser steps between checkpoints; 0 only writes the last.
+        checkpoints_total_limit: how many are kept; the oldest go first.
+        resume_from_checkpoint: "latest" (or nothing there: start), a checkpoint folder, or None (refuse a used folder).
+        logging_steps: optimiser steps between rows of `metrics.jsonl`.
+        sample_steps: optimiser steps between sample grids; 0 samples only before and after.
+        cpu: train on the CPU even where an accelerator is present.
+        threads: CPU threads of torch; 0 leaves its default.
+        report_to: accelerate trackers ("tensorboard", "wandb", ...), in addition to `metrics.jsonl`.
+    """
+
+    learning_rate: float = 1e-5
+    train_batch_size: int | Literal["auto"] = 1
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 1000
+    lr_scheduler: str = "constant_with_warmup"
+    lr_warmup_steps: int = 0
+    optimizer: Literal["adamw", "adamw_fused", "adamw8bit", "adafactor"] = "adamw"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.01
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool | Literal["auto"] = False
+    ema_decay: float | None = None
+    attention: str = "default"
+    compile: bool = False
+    channels_last: bool = False
+    dataloader_workers: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = 3
+    resume_from_checkpoint: str | None = None
+    logging_steps: int = 1
+    sample_steps: int = 0
+    cpu: bool = False
+    threads: int = 0
+    report_to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are sampled for grids, evaluation and `generate`.
+
+    Attributes:
+        num_inference_steps: sampler steps.
+        guidance_scale: classifier-free guidance; 1 turns it off.
+        guidance_rescale: as in diffusers (0 off); about 0.7 suits zero-terminal-SNR models at high guidance.
+        scheduler: a diffusers scheduler class name, or None for the model's own.
+        negative_prompt: text of the unconditional branch.
+        batch_size: images per call.
+        resolution: pixels; None means the training resolution.
+    """
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 5.0
+    guidance_rescale: float = 0.0
+    scheduler: str | None = None
+    negative_prompt: str = ""
+    batch_size: int = 4
+    resolution: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Base against adapter on the same prompts and seeds, at the end of training and by `diffalign evaluate`.
+
+    Attributes:
+        at_end: evaluate when training ends, and write `result.json`.
+        prompts: a text file (one prompt per line), a shipped list ("world_heldout", ...), or a list of prompts.
+        num_prompts: how many of them.
+        images_per_prompt: repeats; a prompt's repeats are averaged before the interval is computed.
+        rewards: reward models of `reward_models/`; the first is `metric` of `result.json`.
+        seed: of the evaluation noise, independent of the training seed.
+        held_out_fraction: share of the pairs kept out of training for the implicit accuracy.
+        grid_prompts: how many prompts the before/after grid shows.
+    """
+
+    at_end: bool = False
+    prompts: str | tuple[str, ...] = ()
+    num_prompts: int = 64
+    images_per_prompt: int = 1
+    rewards: tuple[str, ...] = ()
+    seed: int = 1234
+    held_out_fraction: float = 0.0
+    grid_prompts: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything one run needs.
+
+    Attributes:
+        output_dir: where the run writes.
+        seed: order, timesteps and noise of every sample are functions of (seed, sample id).
+        objective: an instance of an objective of `diffalign/objectives`, chosen by `objective.name`.
+    """
+
+    output_dir: str
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    objective: Any
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.cache.dir) if self.cache.dir else Path(self.output_dir) / "cache"
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file (or the name of a shipped config), apply `section.key=value` overrides, and check every key.
+
+    Raises:
+        ConfigError: no such file, bad YAML, an unknown key, a value of the wrong type.
+    """
+    tree = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return build(tree)
+
+
+def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The raw YAML mapping of a config file or of a shipped config's name."""
+    file = find_config(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not readable as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def config_folder() -> Path:
+    """`configs/` of the installed wheel, or of the checkout."""
+    inside = Path(__file__).parent / "_configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def find_config(path: str | os.PathLike[str]) -> Path:
+    """A config file by path, or a shipped one by name (with or without `configs/` and `.yaml`)."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = config_folder() / (file.stem + ".yaml")
+    if shipped.is_file() and (file.parent in (Path("."), Path("configs"))):
+        return shipped
+    known = sorted(p.stem for p in config_folder().glob("*.yaml"))
+    raise ConfigError(
+        f"config {str(path)!r} not found (no such file, no shipped config){did_you_mean(file.stem, known)} "
+        f"Shipped: {', '.join(known) or 'none'}"
+    )
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in a raw tree; the value is read as YAML.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, such as training.learning_rate=1e-5")
+    parts = key.split(".")
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(text) if text.strip() else text
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not readable as YAML") from error
+
+
+def build(tree: Mapping[str, Any]) -> RunConfig:
+    """Turn a raw tree into a `RunConfig`."""
+    _refuse_unknown(tree, [f.name for f in dataclasses.fields(RunConfig)], "")
+    tree = dict(tree)
+    objective = _build_objective(tree.pop("objective", None))
+    return from_mapping(RunConfig, tree, "", given={"objective": objective})
+
+
+def _build_objective(section: Any) -> Any:
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise ConfigError(
+            "objective: expected a section with a name, such as 'objective: {name: dpo, beta_dpo: 5000}'. "
+            f"Available: {', '.join(plugins.names('objectives'))}"
+        )
+    cls = plugins.find("objectives", str(section["name"]))
+    rest = {k: v for k, v in section.items() if k != "name"}
+    return from_mapping(cls, rest, "objective")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str, given: Mapping[str, Any] | None = None) -> T:
+    """Build a dataclass from a mapping, strictly.
+
+    Args:
+        cls: the dataclass.
+        values: raw values, converted by the declared types.
+        where: dotted path, for messages.
+        given: ready values that are not converted.
+
+    Raises:
+        ConfigError: unknown key, missing key, wrong type.
+    """
+    given = given or {}
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    prefix = f"{where}." if where else ""
+    _refuse_unknown(values, [name for name in fields if name not in given], prefix)
+    arguments = {k: convert(v, hints[k], f"{prefix}{k}") for k, v in values.items()}
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in arguments and name not in given:
+            raise ConfigError(f"{prefix}{name}: missing; it has no default")
+    try:
+        return cls(**arguments, **given)
+    except ValueError as error:  # a dataclass's own checks
+        raise ConfigError(f"{where or 'config'}: {error}") from error
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
+    for key in values:
+        if key not in known:
+            near = did_you_mean(str(key), known)
+            raise ConfigError(f"{prefix}{key}: unknown key{near} Known: {', '.join(sorted(known))}")
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """Convert a YAML value to a declared type.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        errors = []
+        # Exact types first, so that `1` in `int | str` stays an int and "auto" reaches its Literal.
+        for option in sorted(options, key=lambda o: o is not type(value)):
+            if option is type(None):
+                continue
+            try:
+                return convert(value, option, where)
+            except ConfigError as error:
+                errors.append(str(error))
+        raise ConfigError(errors[-1] if len(errors) == 1 else f"{where}: got {value!r}; {_describe(hint)} expected")
+    if origin is Literal:
+        if value in options and not (isinstance(value, bool) and True not in options and False not in options):
+            return value
+        if value is False and "no" in options:  # YAML 1.1 reads a bare `no` as false
+            return "no"
+        near = did_you_mean(str(value), [str(o) for o in options])
+        raise ConfigError(f"{where}: got {value!r}; expected one of {', '.join(map(repr, options))}{near}")
+    if origin is tuple:
+        # `key=` on the command line empties a list.
+        items = ([value] if value else []) if isinstance(value, str) else value
+        if not isinstance(items, Sequence):
+            raise ConfigError(f"{where}: got {value!r}; a list expected")
+        return tuple(convert(item, options[0], f"{where}[{i}]") for i, item in enumerate(items))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: got {value!r}; a section with keys expected")
+        return from_mapping(typing.cast(type, hint), value, where)
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, str) and (number := _number(value)) is not None and number.is_integer():
+            return int(number)
+    elif hint is float:
+        number = None if isinstance(value, bool) else _number(value)
+        if number is not None:
+            return number
+    elif hint is str:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+    elif hint is Any:
+        return value
+    raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}); {_describe(hint)} expected")
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; PyYAML leaves `1e-5` a string."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _describe(hint: Any) -> str:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if o is type(None) else _describe(o) for o in options)
+    if origin is Literal:
+        return " or ".join(map(repr, options))
+    if origin is tuple:
+        return "a list"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def to_tree(config: Any) -> Any:
+    """A plain tree (for YAML or JSON) of a config; the objective keeps its name."""
+    if isinstance(config, RunConfig):
+        tree = {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return tree | {"objective": {"name": plugins.name_of(type(config.objective)), **tree["objective"]}}
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple):
+        return [to_tree(item) for item in config]
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=110)
