@@ -1,0 +1,409 @@
+"""The reward contract, how rewards are found and called, and the few functions that pixel rewards share.
+
+A reward lives in one file of `reward_models/` (or in a user's own `.py` file) and imports nothing of ours but this
+module. Layout, range and type of its inputs are checked here, at the border, so that no reward guesses them again.
+
+Shapes: B images, H x W pixels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from diffalign import plugins
+from diffalign.errors import ConfigError, UserError
+
+WEIGHTS_VARIABLE = "DIFFALIGN_WEIGHTS"
+RANGE_SLACK = 1e-3  # resampling and 16-bit decoding overshoot [0, 1] by less; [-1, 1] and [0, 255] by far more
+
+
+class RewardError(UserError):
+    """A reward got pictures it cannot score, or returned something that is not a score."""
+
+
+class Reward(ABC):
+    """A reward model: pictures and prompts in, one number per picture out, higher is better.
+
+    Loading happens in `__init__`; packages that take long to import are imported there and not at the top of the file.
+    A reward keeps the gradient from its output to the pixels if it says `differentiable`; whether one is wanted is the
+    caller's choice, so it contains no `no_grad` on the way from pixels to score. Its own weights are frozen.
+
+    Attributes:
+        range: lowest and highest possible score; infinite where there is no bound.
+        unit: what one unit of the score means, and typical values.
+        differentiable: whether gradient reaches the pixels.
+        weights: `id@revision` of everything downloaded, None if there is nothing to download.
+        licence: of the weights (of the code, where there are none).
+        gap: the known difference to the original implementation.
+        argument: what may follow the colon in `name:argument`; None if nothing may.
+    """
+
+    range: ClassVar[tuple[float, float]]
+    unit: ClassVar[str]
+    differentiable: ClassVar[bool]
+    weights: ClassVar[str | None]
+    licence: ClassVar[str]
+    gap: ClassVar[str]
+    argument: ClassVar[str | None] = None
+
+    @abstractmethod
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Load the weights. A third parameter, where `argument` is not None, takes the text after the colon.
+
+        Args:
+            device: where the reward computes.
+            dtype: of its towers; scores are float32 whatever it is.
+        """
+
+    @classmethod
+    def check_argument(cls, argument: str | None) -> None:
+        """Refuse an argument that cannot work, before anything is loaded. By default: any, if the reward takes none.
+
+        Raises:
+            ConfigError: what was got and what is possible.
+        """
+        if argument is not None and cls.argument is None:
+            name = plugins.name_of(cls)
+            raise ConfigError(f"reward '{name}:{argument}': {name!r} takes nothing after a colon; write {name!r}")
+
+    @abstractmethod
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
+        """Score pictures.
+
+        Args:
+            images: float32 RGB in [0, 1], shape (B, 3, H, W), on the reward's device.
+            prompts: B texts.
+            metadata: B dictionaries, for rewards that need more than the prompt.
+
+        Returns:
+            float32 scores, shape (B,).
+        """
+
+
+_FACTS = ("range", "unit", "differentiable", "weights", "licence", "gap")
+
+
+# ---------------------------------------------------------------- finding and loading
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a reward says about itself, for lists and model cards."""
+
+    name: str
+    summary: str
+    range: tuple[float, float]
+    unit: str
+    differentiable: bool
+    weights: str | None
+    licence: str
+    gap: str
+    argument: str | None
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """`name:argument` in two; the name may be a path to a `.py` file."""
+    if name.endswith(".py"):
+        return name, None
+    if ".py:" in name:
+        path, _, argument = name.partition(".py:")
+        return path + ".py", argument
+    plugin, colon, argument = name.partition(":")
+    return plugin, argument if colon else None
+
+
+def find(name: str) -> tuple[type[Reward], str | None]:
+    """The class of a reward and its argument, checked without loading any weights.
+
+    Args:
+        name: a file of `reward_models/` or a path to a `.py` file, then perhaps `:argument`.
+
+    Raises:
+        ConfigError: no such reward, a file that breaks the contract, or an argument it does not take.
+    """
+    plugin, argument = split_name(name)
+    if not plugin.endswith(".py"):
+        check_siblings()
+    cls = cast("type[Reward]", plugins.find("rewards", plugin))
+    if missing := [fact for fact in _FACTS if not any(fact in vars(base) for base in cls.__mro__)]:
+        raise ConfigError(f"reward {plugin!r} does not state its {', '.join(missing)}; see diffalign.rewards.Reward")
+    cls.check_argument(argument)
+    return cls, argument
+
+
+def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Reward:
+    """Load a reward by name, such as "pickscore", "world_taste:outlined" or "my_reward.py".
+
+    Raises:
+        ConfigError: see `find`.
+        RewardError: its weights cannot be read.
+    """
+    cls, argument = find(name)
+    if argument is None:
+        return cls(device, dtype)
+    return cast("Callable[..., Reward]", cls)(device, dtype, argument)
+
+
+def describe(name: str) -> Description:
+    """What a reward states about itself, without loading its weights."""
+    cls, _ = find(split_name(name)[0])
+    summary = (cls.__doc__ or "").strip().splitlines()
+    return Description(
+        name=split_name(name)[0],
+        summary=summary[0] if summary else "",
+        argument=cls.argument,
+        **{fact: getattr(cls, fact) for fact in _FACTS},
+    )
+
+
+def check_siblings() -> None:
+    """Make sure that `reward_models` is the one installed beside `diffalign`.
+
+    A folder of that name in the working directory comes first on the import path under `python -m` and
+    `accelerate launch -m`, and would silently replace ours.
+
+    Raises:
+        ConfigError: with both paths.
+    """
+    ours = Path(__file__).resolve().parent.parent / "reward_models"
+    spec = importlib.util.find_spec("reward_models")
+    found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+    if found != ours:
+        raise ConfigError(
+            f"the package 'reward_models' is {found or 'not importable'}, but the one of this installation is {ours}; "
+            "rename the other folder or start from another directory"
+        )
+
+
+# ---------------------------------------------------------------- calling
+
+
+def score(
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]] | None = None,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Score any number of pictures, with everything checked on the way in and out.
+
+    Args:
+        reward: a loaded reward.
+        images: float RGB in [0, 1], shape (B, 3, H, W). Gradient flows if the reward is differentiable.
+        prompts: B texts.
+        metadata: B dictionaries or None.
+        batch_size: pictures per call of the reward.
+        device: where the reward was loaded, if it is not where the pictures are.
+
+    Returns:
+        float32 scores, shape (B,), on the device that the reward answers on.
+
+    Raises:
+        RewardError: wrong layout, type or range; a count that does not match; gradient wanted from a reward that has
+            none; an answer of the wrong shape or not finite, with the prompts it belongs to.
+    """
+    name = plugins.name_of(type(reward))
+    _check_input(name, reward, images, prompts, metadata)
+    scores = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        batch, texts = images[part].to(device).float().clamp(0, 1), list(prompts[part])
+        answer = reward(batch, texts, list(metadata[part]) if metadata is not None else None)
+        _check_output(name, answer, texts)
+        scores.append(answer.float())
+    return torch.cat(scores) if scores else torch.zeros(0)
+
+
+def _check_input(
+    name: str,
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]] | None,
+) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise RewardError(f"reward {name!r}: images have shape {tuple(images.shape)}; RGB (B, 3, H, W) expected")
+    if not images.is_floating_point():
+        raise RewardError(f"reward {name!r}: images are {images.dtype}; floats in [0, 1] expected: divide by 255")
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        got = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise RewardError(f"reward {name!r}: got {got} for {len(images)} images; a list with one prompt each expected")
+    if metadata is not None and len(metadata) != len(images):
+        raise RewardError(f"reward {name!r}: got {len(metadata)} metadata entries for {len(images)} images")
+    if images.requires_grad and torch.is_grad_enabled() and not reward.differentiable:
+        raise RewardError(f"reward {name!r} is not differentiable, but the images ask for a gradient; detach them")
+    if len(images):
+        low, high = (float(v) for v in images.detach().aminmax())
+        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):  # also true for NaN
+            raise RewardError(
+                f"reward {name!r}: images lie in [{low:.3g}, {high:.3g}]; [0, 1] expected "
+                "(a VAE's output x maps by x / 2 + 1 / 2, clamped)"
+            )
+
+
+def _check_output(name: str, answer: Tensor, prompts: list[str]) -> None:
+    if tuple(answer.shape) != (len(prompts),):
+        raise RewardError(
+            f"reward {name!r} returned shape {tuple(answer.shape)} instead of ({len(prompts)},) for the prompts "
+            f"{_shown(prompts)}"
+        )
+    bad = [prompt for prompt, good in zip(prompts, answer.detach().isfinite().tolist(), strict=True) if not good]
+    if bad:
+        raise RewardError(f"reward {name!r} returned NaN or infinity for the prompts {_shown(bad)}")
+
+
+def _shown(prompts: list[str], most: int = 3) -> str:
+    rest = f" and {len(prompts) - most} more" if len(prompts) > most else ""
+    return ", ".join(repr(prompt[:80]) for prompt in prompts[:most]) + rest
+
+
+# ---------------------------------------------------------------- shared by pixel rewards
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_eight_bit(images: Tensor) -> Tensor:
+    """Clamp to [0, 1] and round to multiples of 1/255; the gradient passes as if there were no rounding.
+
+    The clamp does stop the gradient of saturated pixels, as in the official back-propagation codes.
+    """
+    images = images.clamp(0, 1)
+    return images + ((images * 255).round() / 255 - images).detach()
+
+
+def preprocess(
+    images: Tensor,
+    size: int = 224,
+    mean: tuple[float, float, float] = CLIP_MEAN,
+    std: tuple[float, float, float] = CLIP_STD,
+    *,
+    eight_bit: bool = True,
+    crop_offset: Callable[[float], int] = math.floor,
+) -> Tensor:
+    """CLIP's transform on tensors: shorter side to `size` (bicubic, antialiased), centre crop, normalise.
+
+    Imitates Pillow, which the originals use: across first, then down, rounding to 8 bits after each pass. Within
+    1/255 of it (`tests/test_rewards.py`); one float pass without rounding is up to 8/255 away. Keeps the gradient.
+
+    Args:
+        images: float RGB in [0, 1], shape (B, 3, H, W).
+        size: side of the square that the tower reads, in pixels.
+        mean: subtracted per channel.
+        std: divided by per channel.
+        eight_bit: round (gradient straight through). Off makes the score smooth in the pixels.
+        crop_offset: how the crop's half-pixel offset is rounded: `math.floor` in transformers, `round` in torchvision.
+
+    Returns:
+        float32, shape (B, 3, size, size).
+    """
+    on_grid = to_eight_bit if eight_bit else functools.partial(torch.clamp, min=0, max=1)
+    images = on_grid(images.float())
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    new_height, new_width = (size if side == short else int(size * side / short) for side in (height, width))
+    for shape in ((height, new_width), (new_height, new_width)):
+        if shape != tuple(images.shape[-2:]):
+            images = on_grid(interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False))
+    top, left = crop_offset((new_height - size) / 2), crop_offset((new_width - size) / 2)
+    images = images[..., top : top + size, left : left + size]
+    mean_111, std_111 = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    return (images - mean_111) / std_111
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of rows, float32 (B,): a product and a sum, which autocast leaves in float32, unlike a matrix product."""
+    a, b = a.float(), b.float()
+    return (a / a.norm(dim=-1, keepdim=True) * (b / b.norm(dim=-1, keepdim=True))).sum(-1)
+
+
+def local_weights(source: str | Path) -> str:
+    """A hub id or path; the copy under the folder `DIFFALIGN_WEIGHTS` (as `<owner>/<name>`) where there is one."""
+    root = os.environ.get(WEIGHTS_VARIABLE)
+    if root and (Path(root) / source).exists():
+        return str(Path(root) / source)
+    return str(source)
+
+
+class ClipTowers:
+    """Frozen transformers CLIP towers whose image side keeps the gradient to the pixels.
+
+    Args:
+        model: hub id, or a folder with the hub's layout.
+        tokenizer: the same; None takes the model's own.
+        revision: of `model` on the hub, and `tokenizer_revision` of `tokenizer`.
+        device: where the towers compute.
+        dtype: of the towers.
+
+    Raises:
+        RewardError: the files cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        from transformers import CLIPModel, CLIPTokenizer
+
+        text_source = model if tokenizer is None else tokenizer
+        text_revision = revision if tokenizer is None else tokenizer_revision
+        try:
+            towers = CLIPModel.from_pretrained(local_weights(model), revision=revision or "main", dtype=dtype)
+            words = CLIPTokenizer.from_pretrained(local_weights(text_source), revision=text_revision or "main")
+        except (OSError, ValueError) as error:
+            raise RewardError(
+                f"CLIP weights {str(model)!r} (tokenizer {str(text_source)!r}) cannot be loaded: "
+                f"{str(error).splitlines()[0]} Give a local folder after a colon, or put <owner>/<name> under "
+                f"${WEIGHTS_VARIABLE}"
+            ) from error
+        self.model, self.tokenizer = cast(Any, towers), cast(Any, words)
+        self.model.eval().requires_grad_(False).to(device)
+        self.device, self.dtype = torch.device(device), dtype
+        self.image_size: int = self.model.config.vision_config.image_size
+        self.max_length: int = self.model.config.text_config.max_position_embeddings
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pictures (B, 3, size, size) to projected embeddings, float32 (B, D), not normalised."""
+        return _pooled(self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype)))
+
+    def embed_texts(self, prompts: list[str]) -> Tensor:
+        """Texts to projected embeddings, float32 (B, D), not normalised; each distinct text is encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        tokens = self.tokenizer(
+            distinct, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.device)
+        features = _pooled(
+            self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        )
+        return features[[distinct.index(prompt) for prompt in prompts]]
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The learnt factor of the cosine (about 100), float32 scalar."""
+        scale: Tensor = self.model.logit_scale
+        return scale.float().exp()
+
+
+def _pooled(output: Any) -> Tensor:
+    """transformers 5 returns an object that holds the projected vector, transformers 4 the vector itself."""
+    return (output if isinstance(output, Tensor) else output.pooler_output).float()
