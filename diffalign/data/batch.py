@@ -1,0 +1,108 @@
+"""What an objective is given: latents, conditioning, labels, and the timestep and noise already drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairExample:
+    """One encoded pair, chosen first; no batch axis.
+
+    Attributes:
+        id: the record's id.
+        chosen, rejected: scaled latents (C, h, w).
+        text: text conditioning of the prompt.
+        chosen_image, rejected_image: per-image conditioning (SDXL's time ids).
+        p: probability that `chosen` is preferred, in [1/2, 1].
+        weight: of the pair.
+        t: timestep.
+        noise: (C, h, w), shared by both images.
+    """
+
+    id: str
+    chosen: Tensor
+    rejected: Tensor
+    text: dict[str, Tensor]
+    chosen_image: dict[str, Tensor]
+    rejected_image: dict[str, Tensor]
+    p: float
+    weight: float
+    t: int
+    noise: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """B pairs; fields as in `PairExample` with a batch axis, float32 except `t` (int64)."""
+
+    ids: tuple[str, ...]
+    chosen: Tensor
+    rejected: Tensor
+    text: dict[str, Tensor]
+    chosen_image: dict[str, Tensor]
+    rejected_image: dict[str, Tensor]
+    p: Tensor
+    weight: Tensor
+    t: Tensor
+    noise: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> PairBatch:
+        """A copy on another device."""
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=True)
+
+        def move_all(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {k: move(v) for k, v in values.items()}
+
+        return replace(
+            self,
+            chosen=move(self.chosen),
+            rejected=move(self.rejected),
+            text=move_all(self.text),
+            chosen_image=move_all(self.chosen_image),
+            rejected_image=move_all(self.rejected_image),
+            p=move(self.p),
+            weight=move(self.weight),
+            t=move(self.t),
+            noise=move(self.noise),
+        )
+
+    @property
+    def chosen_conditioning(self) -> dict[str, Tensor]:
+        return self.text | self.chosen_image
+
+    @property
+    def rejected_conditioning(self) -> dict[str, Tensor]:
+        return self.text | self.rejected_image
+
+
+def collate(examples: Sequence[PairExample]) -> PairBatch:
+    """Stack examples of equal latent shape."""
+
+    def stack(values: list[Tensor]) -> Tensor:
+        return torch.stack([v.float() for v in values])
+
+    def stack_all(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {k: stack([v[k] for v in values]) for k in values[0]}
+
+    return PairBatch(
+        ids=tuple(e.id for e in examples),
+        chosen=stack([e.chosen for e in examples]),
+        rejected=stack([e.rejected for e in examples]),
+        text=stack_all([e.text for e in examples]),
+        chosen_image=stack_all([e.chosen_image for e in examples]),
+        rejected_image=stack_all([e.rejected_image for e in examples]),
+        p=torch.tensor([e.p for e in examples], dtype=torch.float32),
+        weight=torch.tensor([e.weight for e in examples], dtype=torch.float32),
+        t=torch.tensor([e.t for e in examples], dtype=torch.int64),
+        noise=stack([e.noise for e in examples]),
+    )

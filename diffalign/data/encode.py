@@ -1,0 +1,235 @@
+"""From records to latents and text embeddings: shared by the cache and by the uncached path."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffalign.config import DataConfig
+from diffalign.data.images import UndecodableImage, buckets, decode, pair_bucket, transform
+from diffalign.data.record import Record
+from diffalign.data.report import DataReport
+from diffalign.errors import DataError
+from diffalign.families import ENCODERS, Conditioning, Family
+from diffalign.schedules import generator_for
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image ready to encode.
+
+    Attributes:
+        key: hash of its bytes and of everything done to it; equal keys mean equal latents.
+        pixels: RGB in [-1, 1], (3, H, W).
+        original_size, crop_top_left, target_size: (height, width) or (top, left) in pixels.
+    """
+
+    key: str
+    pixels: Tensor
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PreparedPair:
+    """A record with both images prepared, in the record's own order."""
+
+    record: Record
+    images: tuple[Prepared, Prepared]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A record that has an image which cannot be used."""
+
+    record: Record
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPair:
+    """One pair as latents; sizes are (height, width) and crops (top, left) in pixels, per image."""
+
+    id: str
+    prompt: str
+    latents: tuple[Tensor, Tensor]
+    p: float
+    weight: float
+    user: str | None
+    original_sizes: tuple[tuple[int, int], tuple[int, int]]
+    crops: tuple[tuple[int, int], tuple[int, int]]
+    target_size: tuple[int, int]
+
+
+class Preparer:
+    """Decodes and transforms both images of a record; a record with an unusable image is skipped whole.
+
+    Args:
+        config: resolution, buckets, crop and flip.
+        seed: of random crops and flips, which are functions of (seed, record id).
+        step: image sides are multiples of this many pixels.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, step: int) -> None:
+        self.config = config
+        self.seed = seed
+        if config.buckets:
+            # About sixteen steps to the side (64 px at 1024), in multiples of what the model takes.
+            step = max(step, config.resolution // 16 // step * step)
+        side = config.resolution // step * step
+        self.sizes = buckets(side, step=step) if config.buckets else [(side, side)]
+
+    def __call__(self, record: Record) -> PreparedPair | Unusable:
+        """The prepared pair, or why it cannot be used."""
+        try:
+            raw = [item.read() for item in record.images]
+            images = [decode(data) for data in raw]
+        except UndecodableImage as error:
+            return Unusable(record, "undecodable", str(error))
+        except OSError as error:
+            return Unusable(record, "unreadable", str(error))
+        size = pair_bucket([(image.height, image.width) for image in images], self.sizes)
+        generator = generator_for(self.seed, record.id)
+        flip = self.config.flip and bool(torch.rand((), generator=generator) < 0.5)
+        prepared = []
+        for data, image in zip(raw, images, strict=True):
+            done = transform(image, size, crop=self.config.crop, flip=flip, generator=generator)
+            settings = f"{size} {done.crop_top_left} {flip}"
+            key = hashlib.sha256(hashlib.sha256(data).digest() + settings.encode()).hexdigest()[:24]
+            prepared.append(Prepared(key, done.pixels, done.original_size, done.crop_top_left, done.target_size))
+        return PreparedPair(record, (prepared[0], prepared[1]))
+
+
+def prepare_all(
+    records: Iterator[Record], preparer: Preparer, report: DataReport, workers: int
+) -> Iterator[PreparedPair]:
+    """Prepare in threads, in order, skipping and reporting what cannot be used."""
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        window: list[Future[PreparedPair | Unusable]] = []
+        for record in records:
+            window.append(pool.submit(preparer, record))
+            if len(window) > 4 * max(1, workers):
+                yield from _usable(window.pop(0).result(), report)
+        for future in window:
+            yield from _usable(future.result(), report)
+
+
+def _usable(result: PreparedPair | Unusable, report: DataReport) -> Iterator[PreparedPair]:
+    if isinstance(result, PreparedPair):
+        yield result
+    else:
+        report.skip(result.record, result.reason, result.detail)
+
+
+def encode_images(family: Family, images: list[Prepared], batch_size: int) -> dict[str, Tensor]:
+    """Latents (C, h, w) on the CPU by image key; images of one shape share a VAE call."""
+    latents: dict[str, Tensor] = {}
+    by_shape: dict[tuple[int, ...], list[Prepared]] = {}
+    for image in images:
+        by_shape.setdefault(tuple(image.pixels.shape), []).append(image)
+    family.load(ENCODERS)  # nothing, if they are there
+    for group in by_shape.values():
+        unique = list({image.key: image for image in group}.values())
+        for start in range(0, len(unique), batch_size):
+            chunk = unique[start : start + batch_size]
+            encoded = family.encode_images(torch.stack([image.pixels for image in chunk])).cpu()
+            latents |= {image.key: latent for image, latent in zip(chunk, encoded, strict=True)}
+    return latents
+
+
+def encode_prompts(family: Family, prompts: list[str], batch_size: int = 16) -> dict[str, Conditioning]:
+    """Text conditioning on the CPU by prompt, without a batch axis."""
+    found: dict[str, Conditioning] = {}
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        family.load(ENCODERS)  # nothing, if they are there
+        encoded = family.encode_prompts(chunk)
+        for i, prompt in enumerate(chunk):
+            found[prompt] = {name: value[i].cpu() for name, value in encoded.items()}
+    return found
+
+
+def note_truncation(family: Family, record: Record, report: DataReport) -> None:
+    """Count a prompt whose end the text encoder will not see."""
+    tokens, limit = family.count_tokens(record.prompt)
+    if tokens > limit:
+        report.note("truncated_prompt", f"{tokens} tokens, the encoder takes {limit}", record)
+
+
+def prompt_key(prompt: str) -> str:
+    """Stable key of a prompt's embedding."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:24]
+
+
+def is_pair(record: Record) -> bool:
+    """Two images and a label."""
+    return len(record.images) == 2 and record.p is not None
+
+
+class LivePairs:
+    """Pairs encoded whenever they are asked for: the uncached path, for sets that fit into memory as encoded files.
+
+    Args:
+        records: all records; those with unusable images are reported and left out.
+        preparer: decoding and transforms.
+        family: its encoders are loaded again whenever something else has dropped them.
+        report: takes what is left out.
+        workers: decoding threads for the first check.
+    """
+
+    def __init__(
+        self, records: Iterator[Record], preparer: Preparer, family: Family, report: DataReport, workers: int = 2
+    ) -> None:
+        self.preparer, self.family = preparer, family
+        pairs = (record for record in records if is_pair(record))
+        self.records = [pair.record for pair in prepare_all(pairs, preparer, report, workers)]
+        if not self.records:
+            raise DataError(f"no usable pair is left: {report.summary()}. {report.example()}")
+        for record in self.records:
+            note_truncation(family, record, report)
+        self._texts: dict[str, Conditioning] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def prompts(self) -> list[str]:
+        return [record.prompt for record in self.records]
+
+    @property
+    def target_sizes(self) -> list[tuple[int, int]]:
+        return [self.preparer.sizes[0]] * len(self.records)
+
+    def text(self, prompt: str) -> Conditioning:
+        """Text conditioning of a prompt, without a batch axis; kept for the next time."""
+        if prompt not in self._texts:
+            self._texts |= encode_prompts(self.family, [prompt])
+        return self._texts[prompt]
+
+    def pair(self, index: int) -> EncodedPair:
+        """Decode and encode one pair, in the record's own order."""
+        record = self.records[index]
+        prepared = self.preparer(record)
+        if not isinstance(prepared, PreparedPair):
+            raise DataError(f"record {record.id} could be decoded at the start and cannot now: {prepared.detail}")
+        a, b = prepared.images
+        latents = encode_images(self.family, [a, b], batch_size=2)
+        assert record.p is not None, "records without a label were left out"
+        return EncodedPair(
+            id=record.id,
+            prompt=record.prompt,
+            latents=(latents[a.key], latents[b.key]),
+            p=record.p,
+            weight=record.weight,
+            user=record.user,
+            original_sizes=(a.original_size, b.original_size),
+            crops=(a.crop_top_left, b.crop_top_left),
+            target_size=a.target_size,
+        )

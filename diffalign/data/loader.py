@@ -1,0 +1,144 @@
+"""Which pairs form which micro-batch, and their timesteps and noise: functions of (seed, sample id) alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from diffalign.data.batch import PairBatch, PairExample, collate
+from diffalign.data.encode import EncodedPair
+from diffalign.errors import DataError
+from diffalign.families import Conditioning, Family
+from diffalign.objectives import Objective
+from diffalign.schedules import generator_for, sample_seed
+
+log = logging.getLogger(__name__)
+
+
+class PairData(Protocol):
+    """Encoded pairs by index: the cache, or the uncached path."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def prompts(self) -> list[str]: ...
+
+    @property
+    def target_sizes(self) -> list[tuple[int, int]]: ...
+
+    def pair(self, index: int) -> EncodedPair: ...
+
+    def text(self, prompt: str) -> Conditioning: ...
+
+
+class BatchPlan:
+    """An endless sequence of micro-batches over shuffled epochs.
+
+    Micro-batch k holds the same samples whoever asks for it. Without buckets the epochs are strung together, so that no
+    sample is left out at their ends, and splitting the same optimiser step into more or fewer micro-batches leaves its
+    set of samples unchanged. With several image sizes a micro-batch has one size, and what does not fill one at the end
+    of an epoch waits for the next.
+
+    Args:
+        indices: the samples to use.
+        sizes: image size per sample of `indices`.
+        batch_size: samples per micro-batch.
+        seed: of the shuffles.
+    """
+
+    def __init__(self, indices: Sequence[int], sizes: Sequence[tuple[int, int]], batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        self.groups: dict[tuple[int, int], list[int]] = {}
+        for index, size in zip(indices, sizes, strict=True):
+            self.groups.setdefault(size, []).append(index)
+        if not self.groups:
+            raise DataError("no pair to train on")
+        self._orders: dict[tuple[tuple[int, int], int], list[int]] = {}
+        if len(self.groups) > 1:
+            self._per_epoch = {s: max(1, len(g) // batch_size) for s, g in self.groups.items()}
+            self._deals: dict[int, list[tuple[tuple[int, int], int]]] = {}
+            log.info("%d image sizes, %d micro-batches an epoch", len(self.groups), sum(self._per_epoch.values()))
+
+    def micro_batch(self, k: int) -> list[tuple[int, int]]:
+        """(index, visit) of the samples of micro-batch k; `visit` counts a sample's earlier appearances."""
+        if len(self.groups) == 1:
+            (size,) = self.groups
+            return self._take(size, k * self.batch_size)
+        per_epoch = sum(self._per_epoch.values())
+        epoch, place = divmod(k, per_epoch)
+        if epoch not in self._deals:
+            deal = [(s, i) for s, n in sorted(self._per_epoch.items()) for i in range(n)]
+            order = torch.randperm(per_epoch, generator=generator_for(self.seed, "deal", epoch)).tolist()
+            self._deals = {epoch: [deal[i] for i in order]}
+        size, i = self._deals[epoch][place]
+        return self._take(size, (epoch * self._per_epoch[size] + i) * self.batch_size)
+
+    def _take(self, size: tuple[int, int], start: int) -> list[tuple[int, int]]:
+        group = self.groups[size]
+        taken = []
+        for position in range(start, start + self.batch_size):
+            epoch, place = divmod(position, len(group))
+            key = (size, epoch)
+            if key not in self._orders:
+                order = torch.randperm(len(group), generator=generator_for(self.seed, f"order {size}", epoch)).tolist()
+                # Two epochs meet in a batch; older ones are done with.
+                self._orders = {k: v for k, v in self._orders.items() if k[0] != size or k[1] >= epoch - 1}
+                self._orders[key] = order
+            taken.append((group[self._orders[key][place]], epoch))
+        return taken
+
+
+class PairMicroBatches(Dataset[PairBatch]):
+    """Micro-batches by number, ready for the objective.
+
+    Args:
+        data: encoded pairs.
+        plan: which samples form micro-batch k.
+        objective: draws timesteps and noise.
+        family: for image conditioning and the length of the schedule.
+        seed: of the draws.
+    """
+
+    def __init__(self, data: PairData, plan: BatchPlan, objective: Objective, family: Family, seed: int) -> None:
+        self.data, self.plan, self.objective, self.seed = data, plan, objective, seed
+        self.image_conditioning = family.image_conditioning
+        self.num_timesteps = family.schedule.num_timesteps
+
+    def __getitem__(self, k: int) -> PairBatch:
+        return collate([self.example(index, visit) for index, visit in self.plan.micro_batch(k)])
+
+    def example(self, index: int, visit: int) -> PairExample:
+        """One pair, chosen first, with its timestep and noise for this visit."""
+        pair = self.data.pair(index)
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, pair.id, visit))
+        t, noise, dropped = self.objective.draw(generator, tuple(pair.latents[0].shape), self.num_timesteps)
+        conditioning = [
+            self.image_conditioning(size, crop, pair.target_size)
+            for size, crop in zip(pair.original_sizes, pair.crops, strict=True)
+        ]
+        chosen, rejected = (0, 1) if pair.p >= 0.5 else (1, 0)
+        return PairExample(
+            id=pair.id,
+            chosen=pair.latents[chosen],
+            rejected=pair.latents[rejected],
+            text=self.data.text("" if dropped else pair.prompt),
+            chosen_image=conditioning[chosen],
+            rejected_image=conditioning[rejected],
+            p=max(pair.p, 1 - pair.p),
+            weight=pair.weight,
+            t=t,
+            noise=noise,
+        )
+
+
+def micro_batches(dataset: PairMicroBatches, numbers: Iterator[int] | range, workers: int) -> Iterator[PairBatch]:
+    """Load micro-batches in the order of `numbers`, ahead of time with worker processes if there are any."""
+    options: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=torch.cuda.is_available(), **options
+    )
+    yield from loader

@@ -1,0 +1,105 @@
+"""JSONL with image files beside it: the simplest way to bring one's own comparisons.
+
+Each line is an object `{"prompt", "chosen", "rejected", "weight"?, "user"?}`, or `{"prompt", "image_0", "image_1",
+"label_0", "label_1"?}` with label 1, 0 or 0.5 (a tie); `caption` may stand for `prompt`. Image paths are relative to
+the JSONL's folder and may not leave it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+from diffalign.data.readers import (
+    IMAGE_SUFFIXES,
+    BadRow,
+    Place,
+    Reader,
+    UnreadableShard,
+    image_file,
+    optional_text,
+    positive,
+    probability,
+    split_files,
+    text,
+)
+from diffalign.data.record import Record
+from diffalign.errors import DataError
+
+EXPECTED = "prompt, chosen, rejected (weight, user) or prompt, image_0, image_1, label_0 (label_1)"
+
+
+class Jsonl(Reader):
+    """`*.jsonl` with paths of images."""
+
+    layout: ClassVar[str] = f"JSONL with {EXPECTED}; image paths relative to the JSONL's folder"
+    beside: ClassVar[bool] = True
+    labels: ClassVar[bool] = False  # both kinds of line may be there, and writing the winner first is fine
+
+    def shards(self, files: Sequence[str], split: str) -> list[str]:
+        return split_files(files, split, (".jsonl",))
+
+    def companions(self, files: Sequence[str], split: str) -> list[str]:
+        return [f for f in files if PurePosixPath(f).suffix.lower() in IMAGE_SUFFIXES]
+
+    def check(self, path: Path) -> None:
+        for _, line in islice(_lines(path), 20):  # a few bad lines at the start are only bad lines
+            try:
+                values = _object(line)
+            except BadRow:
+                continue
+            sides = {"chosen", "rejected"} <= values.keys() or {"image_0", "image_1", "label_0"} <= values.keys()
+            if sides and ("prompt" in values or "caption" in values):
+                return
+            raise DataError(
+                f"{path}: found keys {', '.join(values) or '(none)'}; expected {EXPECTED}: check data.format"
+            )
+        raise DataError(f"{path}: no JSON object in its first lines; expected one per line with {EXPECTED}")
+
+    def read(self, path: Path, place: Place) -> Iterator[Record]:
+        folder = path.parent
+        return place.records(_lines(path), lambda line: _parse(line, folder))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line); blank lines do not count as rows."""
+    try:
+        with path.open("rb") as file:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    except OSError as error:
+        raise UnreadableShard(f"cannot be read ({error.strerror})") from error
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise BadRow("bad_json", str(error)) from None
+    if not isinstance(values, dict):
+        raise BadRow("bad_json", f"{type(values).__name__}; an object expected")
+    return values
+
+
+def _parse(line: bytes, folder: Path) -> dict[str, Any]:
+    values = _object(line)
+    pair = ("chosen", "rejected") if "chosen" in values or "rejected" in values else ("image_0", "image_1")
+    if pair[0] == "chosen":
+        p = 1.0
+    else:
+        label_0 = values.get("label_0")
+        p = probability(label_0, values["label_1"]) if "label_1" in values else probability(label_0, _other(label_0))
+    return {
+        "prompt": text(values.get("prompt", values.get("caption")), "prompt"),
+        "images": tuple(image_file(folder, values.get(side), side) for side in pair),
+        "p": p,
+        "weight": positive(values["weight"], "weight") if values.get("weight") is not None else 1.0,
+        "user": optional_text(values.get("user")),
+    }
+
+
+def _other(label_0: Any) -> float | None:
+    """The label of image 1 where only that of image 0 is written; anything odd is left for `probability` to refuse."""
+    return 1.0 - label_0 if isinstance(label_0, (int, float)) else None
