@@ -1,0 +1,410 @@
+"""LoRA on a frozen network: attach, switch off for the reference pass, mix for sampling, keep in checkpoints.
+
+The reference of a preference loss is the same network with its adapters off, so nothing here may ever change a base
+weight: initialisations that do are refused, and `adapters_off` is exact to the bit.
+
+Shapes: `r` rank; a linear adapter is A (r, in), B (out, r); a convolution's is A (r, in, kh, kw), B (out, r, 1, 1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import peft
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from diffalign.config import LoraConfig
+from diffalign.errors import CheckpointError, ConfigError, did_you_mean
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention+ff": (*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
+    "all": (),  # by place, not by ending
+}
+_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+
+# Checked against peft 0.21: what each of its initialisations does to a network.
+_SAFE_INITS = ("gaussian", "default", "orthogonal", "mica")
+_LINEAR_ONLY_INITS = ("orthogonal", "mica")
+_REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_lora(config: LoraConfig) -> None:
+    """Refuse an adapter that cannot be trained against an adapters-off reference.
+
+    Raises:
+        ConfigError: an initialisation that changes base weights or needs a data pass, an unknown one, or a rank, alpha
+            or dropout out of range.
+    """
+    if config.rank < 1:
+        raise ConfigError(f"lora.rank: got {config.rank}; expected a whole number of at least 1, such as 16")
+    if config.alpha is not None and not 0 < config.alpha < float("inf"):
+        raise ConfigError(
+            f"lora.alpha: got {config.alpha}; expected a positive number (0 would never act), or null for alpha = rank"
+        )
+    if not 0 <= config.dropout < 1:
+        raise ConfigError(f"lora.dropout: got {config.dropout}; expected a share in [0, 1)")
+    init = config.init.lower()
+    if init.startswith(_REWRITING_INITS):
+        raise ConfigError(
+            f"lora.init: {config.init!r} rewrites the base weights, so the reference (adapters off) would no longer be "
+            "the base model; use 'gaussian' or 'default'"
+        )
+    if init.startswith("eva"):
+        raise ConfigError(
+            f"lora.init: {config.init!r} needs a pass over data before training and is plain LoRA without it; "
+            "use 'gaussian' or 'default'"
+        )
+    if init not in _SAFE_INITS:
+        near = did_you_mean(config.init, _SAFE_INITS)
+        raise ConfigError(f"lora.init: {config.init!r} is not known{near} Known: {', '.join(_SAFE_INITS)}")
+    if init == "orthogonal" and config.rank % 2:
+        raise ConfigError(f"lora.rank: 'orthogonal' needs an even rank, got {config.rank}; use {config.rank + 1}")
+    if init == "mica" and config.use_dora:
+        raise ConfigError("lora.init: 'mica' cannot be combined with use_dora; use 'gaussian' or turn use_dora off")
+
+
+def base_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every linear and 2-d convolution layer by its path, looking through adapters that are already attached."""
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    inside = "\0"  # no path starts with it
+    for path, module in network.named_modules():
+        if path.startswith(inside):  # an adapter's own parts
+            continue
+        if isinstance(module, LoraLayer):
+            inside = f"{path}."
+            module = module.get_base_layer()
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            found[path] = module
+    return found
+
+
+def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The exact paths of the layers that `targets` names, in the network's order.
+
+    Args:
+        network: the network that adapters are for.
+        targets: a preset ("attention", "attention+ff", "all"), a name ending such as "to_q", or a list of both.
+
+    Raises:
+        ConfigError: a target that no linear or convolution layer ends with.
+    """
+    paths = list(base_layers(network))
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not wanted:
+        raise ConfigError(f"lora.targets: the list is empty; expected one of {', '.join(PRESETS)}, or name endings")
+    chosen: set[str] = set()
+    for target in wanted:
+        if target == "all":
+            hits = [path for path in paths if path.startswith(_BLOCKS)]
+        else:
+            hits = [path for path in paths if _ends_with(path, PRESETS.get(target, (target,)))]
+        if not hits:
+            raise ConfigError(_no_such_target(target, paths))
+        chosen.update(hits)
+    return [path for path in paths if path in chosen]
+
+
+def _ends_with(path: str, endings: Sequence[str]) -> bool:
+    return any(path == ending or path.endswith(f".{ending}") for ending in endings)
+
+
+def _no_such_target(target: str, paths: Sequence[str]) -> str:
+    parts = [path.split(".") for path in paths]
+    endings = Counter(".".join(p[-n:]) for p in parts for n in (1, 2, 3) if len(p) >= n and not p[-n].isdigit())
+    near = did_you_mean(target, [*PRESETS, *endings])
+    common = ", ".join(sorted(e for e, _ in Counter(".".join(_tail(p)) for p in parts).most_common(8)))
+    return (
+        f"lora.targets: no linear or convolution layer ends with {target!r}{near} "
+        f"Presets: {', '.join(PRESETS)}; endings here: {common or 'none'}"
+    )
+
+
+def _tail(parts: list[str]) -> list[str]:
+    """The shortest ending that is not a bare number: `to_out.0`, not `0`."""
+    return parts[-2:] if parts[-1].isdigit() else parts[-1:]
+
+
+def attach(network: nn.Module, config: LoraConfig, name: str = "default", seed: int = 0) -> list[nn.Parameter]:
+    """Freeze a network and add a LoRA adapter to it.
+
+    Args:
+        network: a diffusers model; on the meta device only shapes are made.
+        config: the adapter.
+        name: adapter name; it becomes the only active one.
+        seed: of the initialisation; the global generators are left as they were.
+
+    Returns:
+        The trainable parameters, float32 whatever the base's type, in the network's order.
+
+    Raises:
+        ConfigError: see `check_lora` and `target_modules`; a name that is taken; an initialisation for linear layers
+            on convolutions.
+    """
+    check_lora(config)
+    paths = target_modules(network, config.targets)
+    init = config.init.lower()
+    if init in _LINEAR_ONLY_INITS:
+        layers = base_layers(network)
+        convolution = next((path for path in paths if isinstance(layers[path], nn.Conv2d)), None)
+        if convolution is not None:
+            raise ConfigError(
+                f"lora.init: {init!r} is for linear layers only, and the targets include the convolution "
+                f"{convolution!r}; use 'gaussian', or targets without convolutions such as 'attention'"
+            )
+    alpha = config.rank if config.alpha is None else config.alpha
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=_whole(alpha),
+        target_modules=paths,
+        lora_dropout=config.dropout,
+        init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+    _inject(network, settings, paths, name, seed)
+    return [p for p in parameters(network, name) if p.requires_grad]
+
+
+def attach_modules(
+    network: nn.Module,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    *,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    name: str = "default",
+) -> None:
+    """Add an adapter whose rank and alpha are given layer by layer, as adapter files have them.
+
+    Args:
+        network: a diffusers model; it is frozen, and the new adapter becomes the only active one.
+        ranks: layer path -> rank.
+        alphas: layer path -> alpha.
+        use_rslora: scale alpha / sqrt(rank) instead of alpha / rank.
+        use_dora: with a magnitude per output.
+        name: adapter name.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    settings = peft.LoraConfig(
+        r=rank,
+        lora_alpha=_whole(alpha),
+        # peft reads the keys as regular expressions
+        rank_pattern={re.escape(path): r for path, r in ranks.items() if r != rank},
+        alpha_pattern={re.escape(path): _whole(a) for path, a in alphas.items() if a != alpha},
+        target_modules=list(ranks),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+    )
+    _inject(network, settings, list(ranks), name, seed=0)
+
+
+def _whole(number: float) -> int:
+    """peft declares alpha as int and computes with any number."""
+    return int(number) if float(number).is_integer() else number  # type: ignore[return-value]
+
+
+def _inject(network: nn.Module, settings: peft.LoraConfig, paths: Sequence[str], name: str, seed: int) -> None:
+    if not isinstance(network, PeftAdapterMixin):
+        raise TypeError(f"adapters go on diffusers models; got {type(network).__name__}")
+    if name in adapter_names(network):
+        raise ConfigError(f"the network already has an adapter named {name!r}; choose another name")
+    network.requires_grad_(False)
+    on_meta = any(p.is_meta for p in network.parameters())
+    with contextlib.ExitStack() as stack:
+        # Only the CPU generator is seeded: peft draws there and moves the result, so every device starts alike.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.default_generator.manual_seed(seed)
+        if on_meta:
+            stack.enter_context(torch.device("meta"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        network.add_adapter(settings, adapter_name=name)
+    attached = list(lora_layers(network, name))
+    if sorted(attached) != sorted(paths):
+        raise ConfigError(f"adapter {name!r}: {len(attached)} layers attached where {len(paths)} were meant")
+    for parameter in parameters(network, name):
+        parameter.data = parameter.data.float()  # peft follows the base's type; small updates vanish in bf16
+
+
+def lora_layers(network: nn.Module, name: str | None = None) -> dict[str, LoraLayer]:
+    """The adapted layers by path: all, or those with the adapter `name`."""
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module, LoraLayer) and (name is None or name in module.lora_A)
+    }
+
+
+def adapter_names(network: nn.Module) -> list[str]:
+    """The names of the attached adapters, in the order of attachment."""
+    names: dict[str, None] = {}
+    for layer in lora_layers(network).values():
+        names.update(dict.fromkeys(layer.lora_A))
+    return list(names)
+
+
+def parameters(network: nn.Module, name: str = "default") -> list[nn.Parameter]:
+    """All parameters of an adapter, trainable or not, in the network's order.
+
+    Raises:
+        ConfigError: no such adapter.
+    """
+    return list(_tensors(network, name).values())
+
+
+def count(network: nn.Module, name: str | None = None) -> tuple[int, int]:
+    """(adapted layers, adapter parameters) of all adapters, or of one."""
+    names = adapter_names(network) if name is None else [name]
+    return len(lora_layers(network, name)), sum(p.numel() for n in names for p in parameters(network, n))
+
+
+@contextlib.contextmanager
+def adapters_off(network: nn.Module) -> Iterator[None]:
+    """The reference pass: inside, the network is its base, to the bit. Enter it under `torch.no_grad()`.
+
+    Raises:
+        RuntimeError: gradients are enabled (nothing of the reference may be trained); there is no adapter; an adapter
+            is merged into the base (unmerging is not exact).
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "adapters_off was entered with gradients enabled; wrap the reference pass in torch.no_grad()"
+        )
+    layers = list(lora_layers(network).values())
+    if not layers:
+        raise RuntimeError("adapters_off: the network has no adapter, so its reference would be the policy itself")
+    if any(layer.merged for layer in layers):
+        raise RuntimeError("adapters_off: an adapter is merged into the base weights; unfuse it before training")
+    before = [layer.disable_adapters for layer in layers]
+    # peft's own switch, `enable_adapters`, also sets requires_grad of every adapter: between a forward and its backward
+    # pass that drops gradients, and switching back unfreezes adapters that were frozen. Only the flag is needed.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._disable_adapters = state
+
+
+def use_adapters(network: nn.Module, names: Sequence[str], weights: Sequence[float]) -> None:
+    """Let exactly these adapters act, each with its weight (1 = as trained). What is trainable stays as it is.
+
+    Raises:
+        ConfigError: an unknown name, or not one weight per name.
+    """
+    known = adapter_names(network)
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ConfigError(f"no adapter named {name!r}{near} Attached: {', '.join(known) or 'none'}")
+    if not names or len(names) != len(weights):
+        raise ConfigError(f"got {len(names)} adapter names and {len(weights)} weights; expected one weight per name")
+    trainable = [(p, p.requires_grad) for p in network.parameters()]
+    for layer in lora_layers(network).values():
+        layer.set_adapter(list(names))
+        for name, weight in zip(names, weights, strict=True):
+            layer.set_scale(name, weight)
+    for parameter, flag in trainable:
+        parameter.requires_grad_(flag)
+
+
+def scale(layer: LoraLayer, name: str) -> float:
+    """The trained scale of an adapter on one layer: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    r, alpha = layer.r[name], layer.lora_alpha[name]
+    return float(alpha / r**0.5 if layer.use_rslora[name] else alpha / r)
+
+
+def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The change of a layer's weight, scale * B A, float32, in the layer's weight shape (out, in[, kh, kw])."""
+    product = b.detach().float().flatten(1) @ a.detach().float().flatten(1)
+    return scale * product.reshape(b.shape[0], *a.shape[1:])
+
+
+def delta_weights(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """What merging the adapter at weight 1 would add to each layer's weight, by layer path.
+
+    Raises:
+        ConfigError: no such adapter, or a DoRA one (it rescales the weight and has no such sum).
+    """
+    layers = _named(network, name)
+    if any(layer.use_dora[name] for layer in layers.values()):
+        raise ConfigError(f"adapter {name!r} is a DoRA adapter: it rescales the base and is no additive change")
+    tensors = _tensors(network, name)
+    return {
+        path: delta(tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], scale(layer, name))
+        for path, layer in layers.items()
+    }
+
+
+def _named(network: nn.Module, name: str) -> dict[str, LoraLayer]:
+    layers = lora_layers(network, name)
+    if not layers:
+        raise ConfigError(f"no adapter named {name!r}; attached: {', '.join(adapter_names(network)) or 'none'}")
+    return layers
+
+
+def _tensors(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """peft's file keys -> parameters."""
+    tensors: dict[str, Any] = {}
+    for path, layer in _named(network, name).items():
+        tensors[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
+        tensors[f"{path}.lora_B.weight"] = layer.lora_B[name].weight
+        if name in layer.lora_magnitude_vector:
+            tensors[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name].weight
+    return tensors
+
+
+def state_dict(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The adapter in peft's file format: float32 copies on the CPU.
+
+    Raises:
+        ConfigError: no such adapter.
+    """
+    return {
+        key: p.detach().to("cpu", torch.float32, copy=True).contiguous() for key, p in _tensors(network, name).items()
+    }
+
+
+def load_state_dict(network: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
+    """Put a `state_dict` back into an attached adapter, in place.
+
+    Raises:
+        ConfigError: no such adapter.
+        CheckpointError: a missing, additional or misshapen tensor; nothing is changed then.
+    """
+    tensors = _tensors(network, name)
+    check_state(tensors, state, f"adapter {name!r}")
+    with torch.no_grad():
+        for key, parameter in tensors.items():
+            parameter.copy_(state[key])
+
+
+def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Compare keys and shapes.
+
+    Raises:
+        CheckpointError: they differ; the first difference is named.
+    """
+    for key in [*expected, *state]:
+        if key not in state:
+            raise CheckpointError(f"{what}: {key!r} is missing; it was saved with other LoRA targets")
+        if key not in expected:
+            raise CheckpointError(f"{what}: {key!r} has no place here; it was saved with other LoRA targets or options")
+        if state[key].shape != expected[key].shape:
+            got, want = tuple(state[key].shape), tuple(expected[key].shape)
+            raise CheckpointError(f"{what}: {key!r} has shape {got}, expected {want}; use the rank it was saved with")

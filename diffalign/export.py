@@ -1,0 +1,448 @@
+"""LoRA files that load elsewhere: diffusers/peft names, and kohya names for ComfyUI and the web UIs.
+
+Both files hold the same update, `W += alpha / r * B A`. Where alpha lives differs, and losing it is the classic silent
+mistake: diffusers reads it from a JSON text in the metadata (without it, alpha = rank is assumed), kohya from an
+`.alpha` tensor beside each pair. rsLoRA's scale alpha / sqrt(r) has no kohya form: alpha * sqrt(r) is written there.
+
+DoRA magnitudes are written as `.dora_scale`, one per output. Check the result in the program you use: diffusers drops
+these tensors from kohya files, and ComfyUI has normalised over inputs in some versions. The diffusers file is exact.
+
+Names and metadata: `diffalign/lora_format.py`, which also says which layouts other programs know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+import diffalign
+from diffalign import adapters
+from diffalign.config import LoraConfig
+from diffalign.errors import CheckpointError
+from diffalign.lora_format import kohya_metadata, kohya_names, modelspec_metadata
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+_ADAPTER_KEY = "lora_adapter_metadata"  # diffusers' name for the JSON text that holds alpha
+
+_PEFT_ALPHA = 8  # what peft takes where settings leave alpha out
+
+# What a key of an adapter file ends with -> which tensor it is. Kohya, peft, and diffusers' older spelling.
+_SUFFIXES = {
+    ".lora_down.weight": "a",
+    ".lora_up.weight": "b",
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora.down.weight": "a",
+    ".lora.up.weight": "b",
+    ".alpha": "alpha",
+    ".dora_scale": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+}
+_TEXT_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraInfo:
+    """What an adapter file held.
+
+    Attributes:
+        path: the file.
+        style: "diffusers" or "kohya".
+        name: the adapter's name in the network.
+        modules: number of adapted layers.
+        rank: the most frequent rank.
+        alpha: the most frequent alpha.
+        role: "positive", "negative" or "user" of our own files; other files count as "positive".
+        metadata: the file's metadata.
+    """
+
+    path: Path
+    style: str
+    name: str
+    modules: int
+    rank: int
+    alpha: float
+    role: str
+    metadata: dict[str, str]
+
+
+# Writing
+
+
+def save_lora(
+    network: nn.Module,
+    lora: LoraConfig | None,
+    out_dir: Path,
+    *,
+    family: str,
+    name: str = "default",
+    state: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Path]:
+    """Write an adapter as `pytorch_lora_weights.safetensors` and `pytorch_lora_weights_kohya.safetensors`.
+
+    Args:
+        network: the network that carries it; its ranks, alphas and options are what is written.
+        lora: what it was attached with, compared with the network; None skips that.
+        out_dir: folder, made if missing. Files appear whole or not at all.
+        family: "sd" or "sdxl".
+        name: adapter name.
+        state: tensors to write instead of the adapter's own, such as its moving average (`adapters.state_dict` keys).
+        metadata: facts of the run as texts: role ("positive", "negative", "user"), objective, beta, base, resolution
+            ("1024"), prediction_type ("epsilon" or "v_prediction"), title, steps, seed, ... Each is written as
+            `diffalign.<key>`, and under kohya's and ModelSpec's names where those have one.
+        dtype: float32, or float16 for distribution.
+
+    Returns:
+        The files by style, "diffusers" and "kohya".
+
+    Raises:
+        ConfigError: no such adapter.
+        CheckpointError: `state` does not fit, a number is too large for `dtype`, or the files cannot be written.
+        ValueError: an unknown family, a metadata value that is no text, or `lora` is not what is attached.
+    """
+    if family not in ("sd", "sdxl"):
+        raise ValueError(f"family {family!r} has no LoRA file layout here; expected 'sd' or 'sdxl'")
+    facts = {"role": "positive", "family": family, "version": diffalign.__version__} | dict(metadata or {})
+    for key, value in facts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"metadata {key!r}: got {value!r}; safetensors metadata values are texts")
+    own = adapters.state_dict(network, name)
+    settings = _settings(network, name)
+    if lora is not None:
+        _check_same(lora, settings)
+    if state is not None:
+        adapters.check_state(own, state, "the state to export")
+    tensors = {key: _cast(key, (own if state is None else state)[key], dtype) for key in own}
+    kohya = _to_kohya(network, name, tensors, family)
+
+    plain = {f"unet.{key}": value for key, value in tensors.items()}
+    ours = {f"diffalign.{key}": value for key, value in facts.items()}
+    header = json.dumps({f"unet.{key}": value for key, value in settings.items()}, sort_keys=True)
+    diffusers_file, kohya_file = Path(out_dir) / FILE_NAME, Path(out_dir) / KOHYA_NAME
+    spec = modelspec_metadata(network, family, facts, plain)
+    _write(diffusers_file, plain, {"format": "pt", _ADAPTER_KEY: header} | spec | ours)
+    # no _ADAPTER_KEY here: diffusers refuses a file that says alpha twice
+    spec = modelspec_metadata(network, family, facts, kohya)
+    _write(kohya_file, kohya, {"format": "pt"} | kohya_metadata(network, family, facts, settings, kohya) | spec | ours)
+    return {"diffusers": diffusers_file, "kohya": kohya_file}
+
+
+def _settings(network: nn.Module, name: str) -> dict[str, Any]:
+    """peft's arguments of an attached adapter: only what shapes and scales it, which every version of peft accepts."""
+    configs: Any = network.peft_config
+    config = configs[name]
+    targets = config.target_modules
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+    }
+
+
+def _check_same(lora: LoraConfig, settings: Mapping[str, Any]) -> None:
+    meant = (lora.rank, lora.rank if lora.alpha is None else lora.alpha, lora.use_rslora, lora.use_dora)
+    attached = tuple(settings[key] for key in ("r", "lora_alpha", "use_rslora", "use_dora"))
+    if meant != attached:
+        raise ValueError(f"rank, alpha, use_rslora, use_dora: the config says {meant}, attached is {attached}")
+
+
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.detach().to("cpu", dtype).contiguous()
+    if not torch.isfinite(cast).all():
+        raise CheckpointError(
+            f"{key}: not finite as {str(dtype).removeprefix('torch.')} (largest magnitude {tensor.abs().max():.3g}); "
+            "export as float32, or from an earlier checkpoint"
+        )
+    return cast
+
+
+def _to_kohya(network: nn.Module, name: str, tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """peft-named tensors -> kohya names, with each layer's true alpha as a float32 scalar."""
+    names = kohya_names(network, family)
+    layers = adapters.lora_layers(network, name)
+    result: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        if path not in names:
+            raise CheckpointError(f"layer {path!r} has no name in kohya's {family} files; leave it out of lora.targets")
+        kohya = names[path]
+        result[f"{kohya}.lora_down.weight"] = tensors[f"{path}.lora_A.weight"]
+        result[f"{kohya}.lora_up.weight"] = tensors[f"{path}.lora_B.weight"]
+        # Readers compute alpha / r, so this is scale * r, which is alpha * sqrt(r) for rsLoRA. float32 whatever the
+        # weights are: rounding it would rescale the whole layer.
+        result[f"{kohya}.alpha"] = torch.tensor(adapters.scale(layer, name) * layer.r[name], dtype=torch.float32)
+        if layer.use_dora[name]:
+            magnitude = tensors[f"{path}.lora_magnitude_vector"].flatten()
+            ones = [1] * (tensors[f"{path}.lora_A.weight"].ndim - 1)
+            result[f"{kohya}.dora_scale"] = magnitude.reshape(-1, *ones)
+    if any(layer.use_dora[name] for layer in layers.values()):
+        logger.warning(
+            "DoRA in the kohya file: diffusers ignores .dora_scale and other programs differ; prefer %s", FILE_NAME
+        )
+    return result
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write beside the target and rename: a reader sees the old file or the new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(dict(tensors), part, metadata=dict(metadata))
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); check the folder's rights and free space"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone after the rename, or its folder could not be made
+            part.unlink()
+
+
+# Reading
+
+
+def find_file(path: Path) -> Path:
+    """The adapter file of a path: the file itself, or that of a run folder.
+
+    Raises:
+        CheckpointError: there is none, or several and no telling which.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such adapter; expected a .safetensors file or a run folder with {FILE_NAME}")
+    if (path / FILE_NAME).is_file():
+        return path / FILE_NAME
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "no .safetensors file"
+        raise CheckpointError(f"{path}: expected {FILE_NAME} in this folder, found {found}; name the file itself")
+    return files[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of an adapter file or run folder.
+
+    Raises:
+        CheckpointError: no such file, or not a safetensors file.
+    """
+    return _read(find_file(path))[1]
+
+
+def _read(file: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            metadata = dict(handle.metadata() or {})
+            return {key: handle.get_tensor(key) for key in handle.keys()} if tensors else {}, metadata  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: not readable as safetensors ({error}); expected a LoRA file") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """One layer of a file: A, B, alpha (None: as the file's metadata says, or the rank), DoRA magnitude (flat)."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float | None
+    magnitude: Tensor | None
+
+
+def load_lora(
+    network: nn.Module, path: Path, *, family: str, name: str = "default", trainable: bool = False
+) -> LoraInfo:
+    """Attach the adapter of a file to a network: ours, diffusers' or kohya's (sgm or diffusers names).
+
+    Everything is checked before the network is touched, and every tensor of the file is used.
+
+    Args:
+        network: the base, or one with other adapters; it is frozen.
+        path: file or run folder.
+        family: "sd" or "sdxl".
+        name: what the adapter is called here; it becomes the only active one.
+        trainable: leave it trainable (training goes on from a file).
+
+    Raises:
+        CheckpointError: not a LoRA file, of another family or architecture, or with parts that cannot be used.
+        ConfigError: the name is taken.
+    """
+    file = find_file(path)
+    tensors, metadata = _read(file, tensors=True)
+    origin = _origin(metadata)
+    style = "kohya" if any(key.startswith(("lora_unet_", *_TEXT_PREFIXES[:3])) for key in tensors) else "diffusers"
+    layers = _group(file, tensors, style, network, f"a {family} network", origin)
+    _check_shapes(file, layers, network, f"a {family} network", origin)
+    if metadata.get("diffalign.family", family) != family:
+        raise CheckpointError(
+            f"{file}: an adapter for {origin}, got model.family {family!r}; load it into its own family"
+        )
+    settings = _read_settings(file, metadata) if style == "diffusers" else {}
+    ranks = {path: layer.a.shape[0] for path, layer in layers.items()}
+    alphas = {path: _alpha(path, layer, settings) for path, layer in layers.items()}
+    if style == "diffusers" and not settings and all(layer.alpha is None for layer in layers.values()):
+        logger.info("%s: no alpha in the file; alpha = rank, as diffusers reads it", file)
+
+    adapters.attach_modules(
+        network,
+        ranks,
+        alphas,
+        use_rslora=bool(settings.get("use_rslora", False)),
+        use_dora=any(layer.magnitude is not None for layer in layers.values()),
+        name=name,
+    )
+    adapters.load_state_dict(network, _to_peft(layers), name)
+    if not trainable:
+        for parameter in adapters.parameters(network, name):
+            parameter.requires_grad_(False)
+    role = metadata.get("diffalign.role", "positive")
+    if role == "negative":
+        logger.warning(
+            "%s: a negative-preference adapter, loaded as an ordinary one: it pulls towards what people reject; "
+            "it is meant for the negative branch of classifier-free guidance",
+            file,
+        )
+    return LoraInfo(
+        path=file,
+        style=style,
+        name=name,
+        modules=len(layers),
+        rank=Counter(ranks.values()).most_common(1)[0][0],
+        alpha=Counter(alphas.values()).most_common(1)[0][0],
+        role=role,
+        metadata=metadata,
+    )
+
+
+def _origin(metadata: Mapping[str, str]) -> str:
+    keys = ("diffalign.family", "modelspec.architecture", "ss_base_model_version")
+    return next((repr(metadata[key]) for key in keys if key in metadata), "an unknown model (no metadata)")
+
+
+def _group(
+    file: Path, tensors: Mapping[str, Tensor], style: str, network: nn.Module, here: str, origin: str
+) -> dict[str, _Layer]:
+    """The file's tensors by layer path."""
+    if not tensors:
+        raise CheckpointError(f"{file}: holds no tensors; expected a LoRA file")
+    lookup = {path: path for path in adapters.base_layers(network)}
+    if style == "kohya":
+        lookup = {name: path for family in ("sd", "sdxl") for path, name in kohya_names(network, family).items()}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(_TEXT_PREFIXES):
+            raise CheckpointError(
+                f"{file}: {key!r} adapts a text encoder, which is not supported; keep the UNet part only"
+            )
+        suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
+        if suffix is None:
+            raise CheckpointError(f"{file}: {key!r} is no LoRA tensor (LoHa, LoKr and others are not supported)")
+        module = key.removesuffix(suffix).removeprefix("unet.")
+        if module not in lookup:
+            raise CheckpointError(
+                f"{file}: {key!r} fits no layer of {here}; the file is for {origin}; load it into that"
+            )
+        part = parts.setdefault(lookup[module], {})
+        if _SUFFIXES[suffix] in part:
+            raise CheckpointError(f"{file}: {key!r} is the second such tensor of one layer; the file mixes two namings")
+        part[_SUFFIXES[suffix]] = tensor
+    dora = any("magnitude" in part for part in parts.values())
+    layers = {}
+    for path, part in parts.items():
+        if not {"a", "b"} <= part.keys() or ("magnitude" in part) != dora:
+            raise CheckpointError(
+                f"{file}: {path!r} has only {', '.join(sorted(part))}; expected A, B{' and a DoRA magnitude' * dora}; "
+                "the file is incomplete"
+            )
+        layers[path] = _layer(file, path, part, style)
+    return layers
+
+
+def _layer(file: Path, path: str, part: Mapping[str, Tensor], style: str) -> _Layer:
+    """Check the numbers of one layer."""
+    for what, tensor in part.items():
+        if not torch.isfinite(tensor).all() or (what == "alpha" and (tensor.numel() != 1 or tensor.item() == 0)):
+            raise CheckpointError(f"{file}: {path!r}: {what} is not a usable number; the file is damaged")
+    magnitude = part.get("magnitude")
+    if magnitude is not None:
+        # (out, 1, ...) here, (1, in, ...) in LyCORIS: on square layers only the place of the 1 tells them apart.
+        if style == "kohya" and magnitude.ndim > 1 and magnitude.shape[0] == 1 < magnitude.numel():
+            raise CheckpointError(f"{file}: {path!r}: DoRA over inputs is not supported; expected one scale per output")
+        magnitude = magnitude.float().flatten()
+    return _Layer(
+        a=part["a"].float(),
+        b=part["b"].float(),
+        alpha=float(part["alpha"].item()) if "alpha" in part else None,
+        magnitude=magnitude,
+    )
+
+
+def _check_shapes(file: Path, layers: Mapping[str, _Layer], network: nn.Module, here: str, origin: str) -> None:
+    bases = adapters.base_layers(network)
+    for path, layer in layers.items():
+        out, *inner = bases[path].weight.shape
+        rank = layer.a.shape[0] if layer.a.ndim else 0
+        want = {"A": (rank, *inner), "B": (out, rank, *[1] * (len(inner) - 1))}
+        got = {"A": tuple(layer.a.shape), "B": tuple(layer.b.shape)}
+        if layer.magnitude is not None:
+            want["magnitude"], got["magnitude"] = (out,), tuple(layer.magnitude.shape)
+        for part in want:
+            if got[part] != want[part] or not rank:
+                raise CheckpointError(
+                    f"{file}: {path!r}: {part} has shape {got[part]}, {here} needs {want[part]}; "
+                    f"the file is for {origin}"
+                )
+
+
+def _read_settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """diffusers' adapter settings for the UNet, without prefix; empty if the file has none."""
+    try:
+        settings = json.loads(metadata.get(_ADAPTER_KEY, "{}"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{file}: {_ADAPTER_KEY} in its metadata is no JSON ({error}); the file is damaged"
+        ) from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: {_ADAPTER_KEY} in its metadata is no JSON object; the file is damaged")
+    return {key.removeprefix("unet."): value for key, value in settings.items()}
+
+
+def _alpha(path: str, layer: _Layer, settings: Mapping[str, Any]) -> float:
+    """The layer's alpha: its own tensor, else peft's setting (patterns are regular expressions), else the rank."""
+    if layer.alpha is not None:
+        return layer.alpha
+    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return float(alpha)
+    return float(settings.get("lora_alpha", _PEFT_ALPHA) if settings else layer.a.shape[0])
+
+
+def _to_peft(layers: Mapping[str, _Layer]) -> dict[str, Tensor]:
+    state = {}
+    for path, layer in layers.items():
+        state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = layer.a, layer.b
+        if layer.magnitude is not None:  # peft: (out,) for linear layers, (1, out, 1, 1) for convolutions
+            shape = (1, -1, 1, 1) if layer.a.ndim == 4 else (-1,)
+            state[f"{path}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
+    return state
