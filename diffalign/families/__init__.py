@@ -1,0 +1,159 @@
+"""Model families: one file each. A family knows how its models are loaded, conditioned, called and sampled.
+
+Everything else (objectives, cache, trainer) sees only this interface: prompts become a dict of tensors, images become
+latents, and `predict` returns the network's own prediction for noisy latents.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.config import ModelConfig, SamplingConfig
+from diffalign.schedules import Schedule
+
+Conditioning = dict[str, Tensor]
+NETWORK, ENCODERS, DECODER = "network", "encoders", "decoder"
+
+
+class Family(ABC):
+    """A model of one family. Parts are loaded on demand, so that encoders and network need not be in memory together.
+
+    Args:
+        config: which model.
+        device: where parts go.
+        dtype: of the frozen network and the text encoders.
+        vae_dtype: of the autoencoder.
+    """
+
+    title: ClassVar[str]  # for `diffalign list families`
+    resolution_step: ClassVar[int]  # image sides are multiples of this
+    has_guidance: ClassVar[bool] = True  # classifier-free guidance is meaningful
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.vae_dtype = vae_dtype
+
+    @classmethod
+    @abstractmethod
+    def preflight(cls, config: ModelConfig) -> None:
+        """Check, before anything loads, that `config.pretrained` is something this family can load.
+
+        Raises:
+            ConfigError: it is not.
+        """
+
+    @abstractmethod
+    def load(self, *parts: str) -> None:
+        """Bring parts ("network", "encoders", "decoder") into memory; those already there are left alone."""
+
+    @abstractmethod
+    def unload(self, *parts: str) -> None:
+        """Drop parts from memory."""
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The UNet or transformer that is trained."""
+
+    @property
+    @abstractmethod
+    def schedule(self) -> Schedule:
+        """The training noise schedule."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """What determines encoded images and prompts: ids or hashes of VAE, text encoders and tokenizers."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Text conditioning as the stock pipeline computes it; tensors of shape (len(prompts), ...)."""
+
+    def encode_negative(self, prompt: str) -> Conditioning:
+        """Text conditioning of the unconditional branch, batch 1."""
+        return self.encode_prompts([prompt])
+
+    @abstractmethod
+    def count_tokens(self, prompt: str) -> tuple[int, int]:
+        """(tokens of the prompt, tokens the encoders can take); what is beyond is cut off."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """RGB in [-1, 1], shape (B, 3, H, W), to scaled latents (B, C, h, w): the posterior mean, about unit variance."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents to RGB in [0, 1], shape (B, 3, H, W), float32."""
+
+    @abstractmethod
+    def image_conditioning(
+        self, original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+    ) -> Conditioning:
+        """Per-image conditioning without a batch axis (SDXL's time ids); sizes are (height, width) in pixels."""
+
+    @abstractmethod
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's own prediction (see `schedule.prediction_type`), same shape as `x_t`.
+
+        Args:
+            network: `self.network` or a wrapper of it.
+            x_t: noisy latents (B, C, h, w).
+            t: int64 timesteps (B,).
+            conditioning: merged text and image conditioning with a batch axis.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        noise: Tensor,
+        sampling: SamplingConfig,
+    ) -> Tensor:
+        """Images from noise through the stock pipeline, RGB in [0, 1], float32 on the CPU, shape (B, 3, H, W).
+
+        Args:
+            conditioning: of B prompts, without image conditioning.
+            negative: of the unconditional branch, batch 1 or B.
+            noise: standard normal latents (B, C, h, w), float32.
+            sampling: steps, guidance, scheduler.
+        """
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of that size in pixels."""
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """A stock diffusers pipeline over the loaded parts (loads all)."""
+
+
+def load_family(
+    config: ModelConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype = torch.float32,
+) -> Family:
+    """The family object of a config, checked but with no part loaded yet.
+
+    Raises:
+        ConfigError: no such family, or nothing loadable.
+    """
+    from diffalign import plugins
+
+    cls: type[Family] = plugins.find("families", config.family)
+    cls.preflight(config)
+    return cls(config, device=device, dtype=dtype, vae_dtype=vae_dtype)
