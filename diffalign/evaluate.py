@@ -1,0 +1,156 @@
+"""Base against adapter: the same prompts, seeds and sampler; rewards, win rate with intervals, held-out accuracy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import rewards, statistics
+from diffalign.config import EvaluationConfig
+from diffalign.data.batch import collate
+from diffalign.data.loader import PairMicroBatches
+from diffalign.policy import Policy
+from diffalign.progress import Progress
+from diffalign.sampling import Sampler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RewardResult:
+    """One reward on base and adapter, paired by prompt and repeat."""
+
+    reward: str
+    base_mean: float
+    aligned_mean: float
+    win_rate: float
+    win_rate_ci95: tuple[float, float]
+    gain: float
+    gain_ci95: tuple[float, float]
+    wins: int
+    ties: int
+    losses: int
+    p_value: float
+
+
+@dataclass
+class Evaluation:
+    """Everything measured at the end of a run."""
+
+    prompts: int
+    images_per_prompt: int
+    seed: int
+    results: list[RewardResult] = field(default_factory=list)
+    scores: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+
+    def headline(self) -> dict[str, Any]:
+        """The keys of `result.json` that come from the first reward, and all rewards behind them."""
+        if not self.results:
+            return {}
+        first = self.results[0]
+        return {
+            "metric": first.reward,
+            "base_mean": first.base_mean,
+            "aligned_mean": first.aligned_mean,
+            "win_rate": first.win_rate,
+            "win_rate_ci95": list(first.win_rate_ci95),
+            "gain": first.gain,
+            "gain_ci95": list(first.gain_ci95),
+            "prompts": self.prompts,
+            "images_per_prompt": self.images_per_prompt,
+            "evaluation_seed": self.seed,
+            "rewards": [asdict(result) for result in self.results],
+        }
+
+
+def compare(
+    sampler: Sampler, config: EvaluationConfig, device: torch.device | str = "cpu"
+) -> tuple[Evaluation, Tensor, Tensor]:
+    """Sample base and adapter on every prompt of the sampler, and score both.
+
+    Returns:
+        The evaluation, and the first image of every prompt from base and adapter, (P, 3, H, W) in [0, 1].
+    """
+    indices = range(len(sampler.prompts))
+    images = {}
+    for name, adapters in (("base", False), ("aligned", True)):
+        with Progress(f"sampling {name}", len(indices) * config.images_per_prompt) as progress:
+            images[name] = sampler.images(
+                indices,
+                seed=config.seed,
+                repeats=config.images_per_prompt,
+                adapters=adapters,
+                progress=progress.advance,
+            )
+    evaluation = Evaluation(len(sampler.prompts), config.images_per_prompt, config.seed)
+    prompts = [prompt for prompt in sampler.prompts for _ in range(config.images_per_prompt)]
+    for name in config.rewards:
+        reward = rewards.load(name, device=device)
+        scores = {
+            side: rewards.score(reward, image, prompts).view(-1, config.images_per_prompt).numpy()
+            for side, image in images.items()
+        }
+        evaluation.results.append(_result(name, scores["base"], scores["aligned"]))
+        evaluation.scores[name] = {side: value.tolist() for side, value in scores.items()}
+    step = config.images_per_prompt
+    return evaluation, images["base"][::step], images["aligned"][::step]
+
+
+def _result(name: str, base: Any, aligned: Any) -> RewardResult:
+    rate, gain = statistics.win_rate(base, aligned), statistics.mean_gain(base, aligned)
+    return RewardResult(
+        reward=name,
+        base_mean=float(base.mean()),
+        aligned_mean=float(aligned.mean()),
+        win_rate=rate.rate,
+        win_rate_ci95=(rate.ci_low, rate.ci_high),
+        gain=gain.mean,
+        gain_ci95=(gain.ci_low, gain.ci_high),
+        wins=rate.wins,
+        ties=rate.ties,
+        losses=rate.losses,
+        p_value=rate.p_value,
+    )
+
+
+@torch.no_grad()
+def held_out_accuracy(
+    policy: Policy,
+    dataset: PairMicroBatches,
+    indices: Sequence[int],
+    *,
+    draws: int = 4,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda n: None,
+) -> statistics.Estimate | None:
+    """Implicit accuracy on pairs that training never saw: how often the chosen image gained more than the rejected.
+
+    For each pair the margin is averaged over `draws` timesteps, one from each slice of the schedule, with fixed noise, so
+    that numbers of different steps and runs are comparable. Ties in the data are left out.
+
+    Returns:
+        Mean over pairs with its bootstrap interval, or None if there is no pair.
+    """
+    total = policy.num_timesteps
+    hits = []
+    examples = [e for e in (dataset.example(index, 0) for index in indices) if e.p != 0.5]
+    for start in range(0, len(examples), batch_size):
+        chunk = examples[start : start + batch_size]
+        batch = collate(chunk).to(policy.family.device)
+        margin = torch.zeros(len(batch), device=policy.family.device)
+        for k in range(draws):
+            t = ((k + (batch.t.float() + 0.5) / total) * total / draws).long().clamp(max=total - 1)
+            errors = []
+            for x0, conditioning in ((batch.chosen, batch.chosen_conditioning), (batch.rejected, batch.rejected_conditioning)):
+                ours, reference = policy.errors(x0, batch.noise, t, conditioning)
+                assert reference is not None, "the reference was asked for"
+                errors.append(reference - ours)
+            margin += errors[0] - errors[1]
+        hits += ((margin > 0).float() + 0.5 * (margin == 0).float()).tolist()
+        progress(len(chunk))
+    return statistics.bootstrap_rate(hits) if hits else None

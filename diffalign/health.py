@@ -1,0 +1,355 @@
+"""Is this run healthy? Alarms in plain words, the stop on a non-finite loss, and metrics by timestep bins.
+
+`Monitor` reads one row of metrics per optimiser step and knows the ways in which preference training of diffusion
+models fails without an error message. Nothing here touches a model.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import UserError
+
+LOG2 = math.log(2)
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite; nothing was written after the last good step.
+
+    Args:
+        step: optimiser step at which it happened.
+        sample_ids: ids of the samples with a non-finite loss.
+        values: their losses, in the same order.
+        checkpoint: the last checkpoint, which is intact; None if none was written yet.
+    """
+
+    def __init__(
+        self, step: int, sample_ids: Sequence[str], values: Sequence[float], checkpoint: str | None = None
+    ) -> None:
+        self.step, self.sample_ids, self.values, self.checkpoint = step, list(sample_ids), list(values), checkpoint
+        shown = ", ".join(f"{name} ({value})" for name, value in list(zip(sample_ids, values))[:8])
+        more = f" and {len(sample_ids) - 8} more" if len(sample_ids) > 8 else ""
+        back = f"resume from {checkpoint}, which is intact" if checkpoint else "no checkpoint was written before it"
+        super().__init__(
+            f"non-finite loss at step {step} in sample {shown}{more}; {back}. Look at these samples, lower "
+            "training.learning_rate, or use bf16 or float32 instead of fp16"
+        )
+
+
+def require_finite(step: int, sample_ids: Sequence[str], losses: Tensor, checkpoint: str | None = None) -> None:
+    """Stop on the first micro-batch with a NaN or infinite loss.
+
+    Args:
+        step: optimiser step.
+        sample_ids: one per loss.
+        losses: per-sample losses, shape (B,); reading them waits for the device once.
+        checkpoint: the last checkpoint, for the message.
+
+    Raises:
+        NonFiniteLossError: naming the samples.
+    """
+    values = losses.detach().float().cpu().tolist()
+    bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteLossError(step, [sample_ids[i] for i in bad], [values[i] for i in bad], checkpoint)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something the user should know.
+
+    Attributes:
+        step: optimiser step at which it was first true.
+        code: short stable name.
+        message: what was seen, what it means, what to do.
+        level: "alarm" (the result is in danger) or "notice" (common; know it).
+    """
+
+    step: int
+    code: str
+    message: str
+    level: Literal["alarm", "notice"] = "alarm"
+
+    def row(self) -> dict[str, Any]:
+        """The line for `metrics.jsonl`."""
+        return {"step": self.step, "alarm": self.code, "level": self.level, "message": self.message}
+
+
+class Monitor:
+    """Watches a run; feed it every optimiser step, on one process, with metrics averaged over all of them.
+
+    Each alarm is raised once, and again only after its condition was absent for `window` steps.
+
+    Args:
+        initial_loss: unweighted loss of an untouched adapter (the objective's `initial_loss()`): log 2 for sigmoid
+            links, other links have their own; None where it is not known.
+        fresh: the run starts with untouched adapters, so its first loss must be `initial_loss`; False on resume.
+        window: steps of smoothing. Single batches are far too noisy to judge.
+        flat_steps: steps without any effect before `not_learning` is raised.
+
+    Attributes:
+        alarms: everything raised so far, in order.
+    """
+
+    def __init__(
+        self, *, initial_loss: float | None = LOG2, fresh: bool = True, window: int = 25, flat_steps: int = 10
+    ) -> None:
+        self.initial_loss, self.fresh = initial_loss, fresh
+        self.window, self.flat_steps = window, flat_steps
+        self.alarms: list[Alarm] = []
+        self._recent: deque[dict[str, float]] = deque(maxlen=200)
+        self._quiet_for: dict[str, int] = {}  # active alarm -> steps since its condition was last true
+        self._seen = 0
+
+    def update(self, row: Mapping[str, float]) -> list[Alarm]:
+        """Take in one step.
+
+        Args:
+            row: the step's metrics under their names in `metrics.jsonl`; "step" is required, what a run does not
+                have is left out, non-finite values are ignored.
+
+        Returns:
+            Alarms raised by this step.
+        """
+        values = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        self._seen += 1
+        self._recent.append(values)
+        raised = []
+        for code, (level, check) in self._checks().items():
+            message = check()
+            if message is None:
+                self._settle(code)
+            elif code not in self._quiet_for:
+                self._quiet_for[code] = 0
+                raised.append(Alarm(int(row["step"]), code, message, level))
+            else:
+                self._quiet_for[code] = 0
+        self.alarms += raised
+        return raised
+
+    def _checks(self) -> dict[str, tuple[Literal["alarm", "notice"], Callable[[], str | None]]]:
+        return {
+            "first_loss": ("alarm", self._first_loss),
+            "not_learning": ("alarm", self._not_learning),
+            "winner_error": ("alarm", self._winner_error),
+            "displacement": ("notice", self._displacement),
+            "margin": ("alarm", self._margin),
+            "saturated": ("alarm", self._saturated),
+            "grad_spike": ("notice", self._grad_spike),
+            "loss_scale": ("alarm", self._loss_scale),
+            "slow": ("notice", self._slow),
+        }
+
+    def _settle(self, code: str) -> None:
+        if code in self._quiet_for:
+            self._quiet_for[code] += 1
+            if self._quiet_for[code] >= self.window:
+                del self._quiet_for[code]
+
+    def _window(self, *names: str) -> list[tuple[float, ...]]:
+        """The named metrics of the last `window` steps that have all of them; empty while there are too few."""
+        rows = list(self._recent)[-self.window :]
+        found = [tuple(row[name] for name in names) for row in rows if all(name in row for name in names)]
+        return found if len(found) >= min(self.window, 10) else []
+
+    def _rise(self) -> float | None:
+        """Relative change of the chosen images' error against the reference's: 0.1 is ten per cent worse.
+
+        A median of ratios: the error itself varies tenfold with the drawn timesteps, and one bad batch is no trend.
+        """
+        pairs = self._window("error/chosen", "error/chosen_ref")
+        return statistics.median(ours / max(reference, 1e-12) for ours, reference in pairs) - 1 if pairs else None
+
+    def _accuracy(self) -> float | None:
+        values = self._window("implicit_acc")
+        return statistics.fmean(value for (value,) in values) if values else None
+
+    # -- The checks: a message while the condition holds, else None -------------------------------------------------
+
+    def _first_loss(self) -> str | None:
+        if not self.fresh or self._seen > 1 or self.initial_loss is None or "loss" not in self._recent[0]:
+            return None
+        first = self._recent[0]
+        spread = first.get("logits/std", 0.0)
+        if abs(first["loss"] - self.initial_loss) < 1e-3 and spread < 1e-2:
+            return None
+        return (
+            f"the first loss is {first['loss']:.4f} (logit spread {spread:.2g}), but an untouched adapter must give "
+            f"{self.initial_loss:.4f} and 0: policy and reference differ before training. Look for dropout in "
+            "the network, noise that is not shared, or two number formats"
+        )
+
+    def _not_learning(self) -> str | None:
+        rows = list(self._recent)[-self.flat_steps :]
+        if len(rows) < self.flat_steps:
+            return None
+        if all(row.get("learning_rate", 1.0) == 0.0 for row in rows):
+            return (
+                f"the learning rate was 0 for {len(rows)} steps: nothing is learnt. Check training.learning_rate and "
+                "training.lr_scheduler"
+            )
+        if all(row.get("grad_norm", 1.0) == 0.0 for row in rows):
+            return (
+                f"the gradients were exactly 0 for {len(rows)} steps: the adapters are not attached, are frozen, or "
+                "do not reach the loss. Check lora.targets"
+            )
+        flat = self.initial_loss
+        if flat is None or not all(
+            abs(row.get("loss", math.inf) - flat) < 1e-4 and row.get("logits/std", 1.0) < 1e-6 for row in rows
+        ):
+            return None
+        name = "log 2 = 0.6931" if flat == LOG2 else f"{flat:.4g}"
+        return (
+            f"the loss stayed at {name} with no margin for {len(rows)} steps: the adapters do not change the policy. "
+            "Are they attached, and switched on in the policy's pass? Is the learning rate far too low?"
+        )
+
+    def _winner_error(self) -> str | None:
+        rise = self._rise()
+        if rise is None or rise <= 0.2:
+            return None
+        return (
+            f"the denoising error of the chosen images is {rise:.0%} above the reference's: the model unlearns what "
+            "it should prefer, and samples will degrade although the accuracy may rise. Stop and lower "
+            "training.learning_rate, raise the objective's beta, or take an earlier checkpoint"
+        )
+
+    def _displacement(self) -> str | None:
+        rise, accuracy = self._rise(), self._accuracy()
+        if rise is None or accuracy is None or rise <= 0.02 or accuracy <= 0.55:
+            return None
+        return (
+            f"likelihood displacement: accuracy is {accuracy:.2f}, yet the chosen images' error rose {rise:.1%} above "
+            "the reference's; the rejected ones only rose more. Common and mild at this size. Judge by samples; if it "
+            "keeps rising, lower training.learning_rate"
+        )
+
+    def _margin(self) -> str | None:
+        # Root mean square of the logit over the batch, from its mean and spread: an upper bound of mean |logit|.
+        sizes = [math.hypot(mean, std) for mean, std in self._window("rewards/margins", "logits/std")]
+        size = statistics.fmean(sizes) if sizes else 0.0
+        if size <= 10:
+            return None
+        return (
+            f"margins are exploding: the smoothed size of the logits is {size:.1f} (above 10). The loss is saturated "
+            "and the model drifts. Lower training.learning_rate or take an earlier checkpoint"
+        )
+
+    def _saturated(self) -> str | None:
+        rise, accuracy = self._rise(), self._accuracy()
+        if rise is None or accuracy is None or accuracy <= 0.95 or rise <= 0.005:
+            return None
+        return (
+            f"accuracy is {accuracy:.2f} on the training pairs while the chosen images' error is {rise:.1%} above the "
+            "reference's: the pairs are separated by making both worse. More steps will not help; use fewer steps, "
+            "more pairs, or a lower training.learning_rate"
+        )
+
+    def _grad_spike(self) -> str | None:
+        norms = [row["grad_norm"] for row in self._recent if "grad_norm" in row]
+        if len(norms) <= 20 or "grad_norm" not in self._recent[-1]:
+            return None
+        usual = statistics.median(norms[:-1])
+        if usual == 0.0 or norms[-1] <= 20 * usual:
+            return None
+        return (
+            f"gradient norm {norms[-1]:.3g} is {norms[-1] / usual:.0f} times its running median {usual:.3g}. Clipping "
+            "(training.max_grad_norm) limits the damage; if it repeats, lower training.learning_rate"
+        )
+
+    def _loss_scale(self) -> str | None:
+        scale = self._recent[-1].get("loss_scale")
+        if scale is None or scale >= 1.0:
+            return None
+        return (
+            f"the fp16 loss scale fell to {scale:.3g}: gradients overflow at every step, and small ones vanish. Use "
+            "training.mixed_precision=bf16 (or no), or an fp16-safe VAE"
+        )
+
+    def _slow(self) -> str | None:
+        rates = [row["pairs_per_second"] for row in self._recent if "pairs_per_second" in row]
+        if len(rates) < 80:
+            return None
+        now, usual = statistics.median(rates[-20:]), statistics.median(rates[:-20])
+        if now >= 0.5 * usual:
+            return None
+        return (
+            f"throughput fell from {usual:.3g} to {now:.3g} pairs per second. Something else uses the machine, memory "
+            "is swapping, or the data loader cannot keep up (training.dataloader_workers)"
+        )
+
+
+class BinAccumulator:
+    """Weighted means of per-sample metrics over equal bins of the timestep, mergeable as sums.
+
+    Preference training behaves very differently at high and low noise; one mean hides it. Sums stay on the device, so
+    that adding a micro-batch does not wait for it.
+
+    Args:
+        names: the metrics, in the order of the sums.
+        num_timesteps: T; times lie in [0, T). 1000 for discrete schedules, 1.0 for flow matching.
+        bins: number of bins.
+        device: where the sums live; that of the losses.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        num_timesteps: float = 1000,
+        bins: int = 4,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.names, self.num_timesteps, self.bins = tuple(names), num_timesteps, bins
+        # MPS has no float64.
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        # Rows: one sum per metric, the sum of weights, the number of samples.
+        self.sums = torch.zeros(len(self.names) + 2, bins, dtype=dtype, device=device)
+
+    def add(self, t: Tensor, values: Mapping[str, Tensor], weight: Tensor | None = None) -> None:
+        """Take in one micro-batch.
+
+        Args:
+            t: times in [0, T), shape (B,).
+            values: every metric of `names`, shape (B,) each; gradients are cut.
+            weight: of the samples in the means, shape (B,); None means 1.
+
+        Raises:
+            ValueError: other metrics than `names`.
+        """
+        if set(values) != set(self.names):
+            raise ValueError(f"got metrics {sorted(values)}, expected {sorted(self.names)}")
+        like = self.sums
+        weight_B = torch.ones_like(t, dtype=like.dtype, device=like.device) if weight is None else weight.to(like)
+        index_B = (t.detach().to(like) * (self.bins / self.num_timesteps)).long().clamp(0, self.bins - 1)
+        rows = [values[name].detach().to(like) * weight_B for name in self.names]
+        self.sums.index_add_(1, index_B, torch.stack([*rows, weight_B, torch.ones_like(weight_B)]))
+
+    def merge(self, sums: Tensor) -> None:
+        """Add the `sums` of another accumulator with the same names and bins (or an all-reduced remainder)."""
+        self.sums += sums.to(self.sums)
+
+    def reset(self) -> None:
+        self.sums.zero_()
+
+    def by_bin(self) -> dict[str, float]:
+        """`t0/implicit_acc` ... and `t0/count` ... for the bins that have samples; bin 0 is the least noise."""
+        *sums, weights, counts = self.sums.tolist()
+        rows: dict[str, float] = {}
+        for i in (i for i in range(self.bins) if counts[i] > 0):
+            if weights[i] > 0:
+                rows |= {f"t{i}/{name}": total[i] / weights[i] for name, total in zip(self.names, sums)}
+            rows[f"t{i}/count"] = counts[i]
+        return rows
+
+    def means(self) -> dict[str, float]:
+        """Means over all samples, by plain metric name; empty before any sample."""
+        *sums, weights, _ = (sum(row) for row in self.sums.tolist())
+        return {name: total / weights for name, total in zip(self.names, sums)} if weights > 0 else {}

@@ -1,0 +1,130 @@
+"""What a run leaves behind: sample grids, adapter files, evaluation, report and model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.utils import save_image
+
+from diffalign import evaluate, export, plugins
+from diffalign.config import RunConfig
+from diffalign.data.loader import PairMicroBatches
+from diffalign.families import Family
+from diffalign.files import atomic_write_text
+from diffalign.model_card import write_card
+from diffalign.policy import Policy
+from diffalign.report import write_report
+from diffalign.sampling import Sampler
+
+log = logging.getLogger(__name__)
+
+
+class Outputs:
+    """Writes everything but checkpoints and metrics.
+
+    Args:
+        config: resolved.
+        run_dir: the run's folder.
+        family: the model.
+        sampler: over the evaluation prompts, or None without any.
+        summary: the objective's numbers.
+        latent_elements: C*h*w of one latent.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        family: Family,
+        sampler: Sampler | None,
+        *,
+        summary: dict[str, float | str],
+        latent_elements: int,
+    ) -> None:
+        self.config, self.run_dir, self.family, self.sampler = config, run_dir, family, sampler
+        self.summary, self.latent_elements = summary, latent_elements
+
+    def sample_grid(self, step: int, *, adapters: bool, images: torch.Tensor | None = None) -> None:
+        """Write the images of the first prompts for the report: the same prompts and noise at every step."""
+        assert self.sampler is not None, "grids need prompts"
+        shown = range(min(self.config.evaluation.grid_prompts, len(self.sampler.prompts)))
+        if images is None:
+            images = self.sampler.images(shown, seed=self.config.evaluation.seed, adapters=adapters)
+        folder = self.run_dir / "samples" / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        names = []
+        for i in shown:
+            path = folder / f"{i:03d}.png"
+            save_image(images[i], path)
+            names.append(path.relative_to(self.run_dir).as_posix())
+        index_path = self.run_dir / "samples" / "index.json"
+        index = json.loads(index_path.read_text()) if index_path.is_file() and step else {"files": {}}
+        index["prompts"] = [self.sampler.prompts[i] for i in shown]
+        index["files"][str(step)] = names
+        index["steps"] = sorted(int(s) for s in index["files"])
+        atomic_write_text(index_path, json.dumps(index, indent=1))
+
+    def finish(
+        self,
+        policy: Policy,
+        dataset: PairMicroBatches,
+        held_out: Sequence[int],
+        *,
+        step: int,
+        facts: dict[str, Any],
+    ) -> dict[str, Any] | None:
+        """Adapter files, evaluation, `result.json`, report and model card.
+
+        Returns:
+            The content of `result.json`; None if the config asks for no evaluation.
+        """
+        config = self.config
+        files = export.save_lora(
+            policy.bare, config.lora, self.run_dir, family=config.model.family, metadata=self._metadata(step)
+        )
+        result: dict[str, Any] | None = None
+        if self.sampler is not None:
+            if config.evaluation.at_end:
+                result = self._evaluate(policy, dataset, held_out, step, facts)
+            else:
+                self.sample_grid(step, adapters=True)
+        names = {kind: path.name for kind, path in files.items()}
+        write_card(self.run_dir, config, result, names, latent_elements=self.latent_elements)
+        report = write_report(self.run_dir)
+        log.info("adapter %s; report %s", files["diffusers"], report)
+        return result
+
+    def _evaluate(
+        self, policy: Policy, dataset: PairMicroBatches, held_out: Sequence[int], step: int, facts: dict[str, Any]
+    ) -> dict[str, Any]:
+        assert self.sampler is not None, "evaluation needs prompts"
+        evaluation, _, aligned = evaluate.compare(self.sampler, self.config.evaluation, self.family.device)
+        self.sample_grid(step, adapters=True, images=aligned)
+        result = {**evaluation.headline(), **facts}
+        if held_out and self.config.objective.uses_reference:
+            accuracy = evaluate.held_out_accuracy(policy, dataset, held_out)
+            if accuracy is not None:
+                result["held_out_implicit_acc"] = accuracy.mean
+                result["held_out_implicit_acc_ci95"] = [accuracy.ci_low, accuracy.ci_high]
+                result["held_out_pairs"] = accuracy.count
+        result["objective"] = {"name": plugins.name_of(type(self.config.objective)), **self.summary}
+        result["seed"] = self.config.seed
+        atomic_write_text(self.run_dir / "scores.json", json.dumps(evaluation.scores))
+        atomic_write_text(self.run_dir / "result.json", json.dumps(result, indent=1))
+        return result
+
+    def _metadata(self, step: int) -> dict[str, str]:
+        metadata = {
+            "role": "positive",
+            "objective": plugins.name_of(type(self.config.objective)),
+            "base": self.config.model.pretrained,
+            "step": str(step),
+            "seed": str(self.config.seed),
+            "resolution": str(self.config.data.resolution),
+        }
+        return metadata | {name: str(value) for name, value in self.summary.items()}

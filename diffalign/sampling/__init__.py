@@ -1,0 +1,97 @@
+"""Sampling for grids, evaluation and `generate`: fixed prompts; noise depends on (seed, prompt index, repeat) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from diffalign.adapters import adapter_names, adapters_off
+from diffalign.config import SamplingConfig
+from diffalign.families import DECODER, ENCODERS, Conditioning, Family
+from diffalign.schedules import generator_for
+
+
+class Sampler:
+    """Images of a fixed list of prompts. Prompts are encoded once, when it is made.
+
+    Args:
+        family: its encoders are loaded and unloaded again here; its network must be in memory when sampling.
+        prompts: the list; a prompt's noise depends on its place in it.
+        sampling: steps, guidance, scheduler, batch size.
+        resolution: image side in pixels where `sampling` names none.
+        autocast: the mixed-precision context of training.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        prompts: Sequence[str],
+        sampling: SamplingConfig,
+        resolution: int,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.family, self.prompts, self.sampling, self.autocast = family, list(prompts), sampling, autocast
+        self.side = (sampling.resolution or resolution) // family.resolution_step * family.resolution_step
+        family.load(ENCODERS)
+        unique = list(dict.fromkeys(self.prompts))
+        encoded: dict[str, Conditioning] = {}
+        for start in range(0, len(unique), 16):
+            chunk = unique[start : start + 16]
+            batch = family.encode_prompts(chunk)
+            encoded |= {p: {k: v[i : i + 1].cpu() for k, v in batch.items()} for i, p in enumerate(chunk)}
+        self.conditioning = [encoded[prompt] for prompt in self.prompts]
+        self.negative = family.encode_negative(sampling.negative_prompt)
+        self.latent_shape = family.latent_shape(self.side, self.side)
+        family.unload(ENCODERS)
+
+    def noise(self, index: int, repeat: int, seed: int) -> Tensor:
+        """Initial standard normal latents (C, h, w) of a prompt and a repeat, float32 on the CPU."""
+        return torch.randn(self.latent_shape, generator=generator_for(seed, f"prompt {index}", repeat))
+
+    def images(
+        self,
+        indices: Sequence[int],
+        *,
+        seed: int,
+        repeats: int = 1,
+        adapters: bool = True,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> Tensor:
+        """Sample `repeats` images of each prompt.
+
+        Args:
+            indices: which prompts.
+            seed: of the noise.
+            repeats: images per prompt.
+            adapters: False samples the base.
+            progress: called with the number of images finished in each batch.
+
+        Returns:
+            RGB in [0, 1], float32 on the CPU, shape (len(indices) * repeats, 3, H, W), a prompt's repeats together.
+        """
+        self.family.load(DECODER)
+        jobs = [(i, j) for i in indices for j in range(repeats)]
+        done = []
+        with torch.no_grad(), sampling_mode(self.family.network, adapters=adapters), self.autocast():
+            for start in range(0, len(jobs), self.sampling.batch_size):
+                chunk = jobs[start : start + self.sampling.batch_size]
+                conditioning = {k: torch.cat([self.conditioning[i][k] for i, _ in chunk]) for k in self.conditioning[0]}
+                noise = torch.stack([self.noise(i, j, seed) for i, j in chunk])
+                done.append(self.family.sample(conditioning, self.negative, noise, self.sampling))
+                progress(len(chunk))
+        return torch.cat(done)
+
+
+@contextmanager
+def sampling_mode(network: torch.nn.Module, *, adapters: bool) -> Iterator[None]:
+    """Evaluation mode (no dropout), with the adapters on or off; everything is put back afterwards."""
+    was_training = network.training
+    network.eval()
+    try:
+        with nullcontext() if adapters or not adapter_names(network) else adapters_off(network):
+            yield
+    finally:
+        network.train(was_training)

@@ -1,0 +1,418 @@
+"""The training loop: read it from top to bottom.
+
+    data -> network + adapter -> [ micro-batches -> objective -> backward ] -> step -> log -> checkpoint -> outputs
+
+Timesteps, noise and order of the samples are functions of (seed, sample id) and come with the micro-batches, so a step
+does not depend on the number of processes, on how it is split into micro-batches, or on being resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from diffalign import adapters, checkpoint, preflight
+from diffalign._run_data import describe_environment
+from diffalign.config import RunConfig, TrainingConfig, dump
+from diffalign.data.batch import PairBatch
+from diffalign.data.loader import BatchPlan, PairMicroBatches, micro_batches
+from diffalign.data.pipeline import is_held_out
+from diffalign.data.prepare import REPORT, prepare
+from diffalign.data.prompts import load_prompts
+from diffalign.errors import ConfigError, MissingExtraError
+from diffalign.families import NETWORK, load_family
+from diffalign.files import atomic_write_text
+from diffalign.health import Monitor, require_finite
+from diffalign.metrics import MetricsFile, StepMetrics
+from diffalign.outputs import Outputs
+from diffalign.policy import Policy
+from diffalign.progress import Progress
+from diffalign.sampling import Sampler
+from diffalign.stopping import StopRequest
+
+log = logging.getLogger(__name__)
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        run_dir: where everything was written.
+        step: optimiser steps done.
+        result: content of `result.json`, if the run evaluated itself.
+        stopped_by: signal number, if the run was asked to stop early.
+    """
+
+    run_dir: Path
+    step: int
+    result: dict[str, Any] | None
+    stopped_by: int | None = None
+
+
+def train(config: RunConfig) -> TrainResult:
+    """Train an adapter.
+
+    Raises:
+        UserError: something about the config, the data or a checkpoint; nothing was lost.
+    """
+    # -- Setup ---------------------------------------------------------------------------------------------------
+    training, objective = config.training, config.objective
+    if training.threads:
+        torch.set_num_threads(training.threads)
+    accelerator = make_accelerator(training, config.output_dir)
+    preflight.check(config, num_processes=accelerator.num_processes)
+    config = resolve_auto(config, accelerator)
+    training = config.training
+    run_dir = Path(config.output_dir)
+    resume_path = checkpoint.find(run_dir, training.resume_from_checkpoint)
+    resumed = checkpoint.load(resume_path, config) if resume_path else None
+    device, dtype = accelerator.device, DTYPES[training.mixed_precision]
+    vae_dtype = torch.float32 if config.cache.encode_dtype is None else getattr(torch, config.cache.encode_dtype)
+    family = load_family(config.model, device=device, dtype=dtype, vae_dtype=vae_dtype)
+    if accelerator.is_main_process:
+        atomic_write_text(run_dir / "config.yaml", dump(config))
+        atomic_write_text(run_dir / "environment.json", json.dumps(describe_environment(), indent=1))
+
+    # -- Data: from the source through the cache to pairs --------------------------------------------------------
+    prepared = prepare(config, family, accelerator)
+    if accelerator.is_main_process:
+        prepared.report.write(run_dir / REPORT)
+    fraction = config.evaluation.held_out_fraction
+    held_out = [i for i, p in enumerate(prepared.data.prompts) if is_held_out(p, fraction)]
+    kept = sorted(set(range(len(prepared.data))) - set(held_out))
+    sizes = prepared.data.target_sizes
+    assert training.train_batch_size != "auto", "resolve_auto has chosen"
+    plan = BatchPlan(kept, [sizes[i] for i in kept], training.train_batch_size, config.seed)
+    dataset = PairMicroBatches(prepared.data, plan, objective, family, config.seed)
+    autocast = accelerator.autocast if training.mixed_precision != "no" else nullcontext
+    prompts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts) if config.evaluation.prompts else []
+    sampler = None
+    if prompts and accelerator.is_main_process:
+        sampler = Sampler(family, prompts, config.sampling, config.data.resolution, autocast)
+
+    # -- Network, adapter, optimiser -----------------------------------------------------------------------------
+    family.load(NETWORK)
+    bare = family.network
+    configure_network(bare, training)
+    params = adapters.attach(bare, config.lora, seed=config.seed)
+    modules, count = adapters.count(bare)
+    bare.train()
+    network = accelerator.prepare_model(bare)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(params, training))
+    scheduler = get_scheduler(
+        training.lr_scheduler,
+        optimizer.optimizer,
+        num_warmup_steps=training.lr_warmup_steps,
+        num_training_steps=training.max_train_steps,
+    )
+    ema = EMAModel(params, decay=training.ema_decay) if training.ema_decay else None
+    policy = Policy(family, network, bare, autocast)
+    step = 0
+    if resumed is not None:
+        step = resumed.step
+        adapters.load_state_dict(bare, resumed.adapter)
+        optimizer.optimizer.load_state_dict(resumed.state["optimizer"])
+        scheduler.load_state_dict(resumed.state["scheduler"])
+        if ema is not None:
+            ema.load_state_dict(resumed.state["ema"])
+            ema.to(device)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(resumed.state["scaler"])
+        log.info("resumed %s at step %d", resumed.path, step)
+
+    # -- What this run is, in numbers ----------------------------------------------------------------------------
+    accumulation, world = training.gradient_accumulation_steps, accelerator.num_processes
+    effective = training.train_batch_size * accumulation * world
+    elements = dataset.example(kept[0], 0).noise.numel()
+    summary = objective.summary(elements)
+    log.info(
+        "%s on %d pairs (%d held out): %d LoRA modules, %s parameters; effective batch %d = %d x %d x %d processes; "
+        "learning rate in use %g; %.2f passes over the data",
+        objective.title,
+        len(kept),
+        len(held_out),
+        modules,
+        f"{count:,}",
+        effective,
+        training.train_batch_size,
+        accumulation,
+        world,
+        training.learning_rate,
+        training.max_train_steps * effective / len(kept),
+    )
+    if summary:
+        log.info("%s", ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()))
+    outputs = Outputs(config, run_dir, family, sampler, summary=summary, latent_elements=elements)
+    if sampler is not None and step == 0:
+        outputs.sample_grid(0, adapters=False)
+    accelerator.wait_for_everyone()
+
+    # -- The loop ------------------------------------------------------------------------------------------------
+    metrics = StepMetrics(accelerator, policy.num_timesteps)
+    monitor = Monitor(initial_loss=objective.initial_loss(), fresh=step == 0)
+    rows = MetricsFile(run_dir / "metrics.jsonl", resume_step=step) if accelerator.is_main_process else None
+    accelerator.init_trackers("diffalign", config={"objective": objective.title, "effective_batch": effective})
+    rank = accelerator.process_index
+    first = step * accumulation
+    numbers = range(first * world + rank, training.max_train_steps * accumulation * world, world)
+    batches = micro_batches(dataset, numbers, training.dataloader_workers)
+    last_checkpoint = str(resumed.path) if resumed else None
+    seconds_before = resumed.manifest["train_seconds"] if resumed else 0.0
+    started = time.perf_counter()
+
+    def save_checkpoint() -> str:
+        """Write a checkpoint of the state after `step` steps (main process)."""
+        state: dict[str, Any] = {
+            "optimizer": optimizer.optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+        if ema is not None:
+            state["ema"] = ema.state_dict()
+        if accelerator.scaler is not None:
+            state["scaler"] = accelerator.scaler.state_dict()
+        extra = {
+            "objective": summary,
+            "samples": step * effective,
+            "train_seconds": seconds_before + time.perf_counter() - started,
+        }
+        keep = training.checkpoints_total_limit
+        return str(checkpoint.save(run_dir, step, adapters.state_dict(bare), state, config, extra, keep=keep))
+
+    with StopRequest() as stop, Progress("training", training.max_train_steps, "step", step, rows is not None) as bar:
+        while step < training.max_train_steps and not stop_requested(stop, accelerator):
+            tick = time.perf_counter()
+            for part in range(accumulation):
+                batch: PairBatch = next(batches).to(device)
+                # Gradients travel between processes once per optimiser step.
+                with accelerator.no_sync(network) if part < accumulation - 1 else nullcontext():
+                    out = objective(policy, batch)
+                    require_finite(step + 1, batch.ids, out.loss, last_checkpoint)
+                    accelerator.backward((batch.weight * out.loss).mean() / accumulation)
+                metrics.add(out, batch.t)
+            grad_norm = clip(accelerator, params, training.max_grad_norm)
+            learning_rate = float(scheduler.get_last_lr()[0])
+            optimizer.step()
+            # A step that the fp16 loss scaler skipped does not count for the schedule.
+            if not accelerator.optimizer_step_was_skipped:
+                scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.step(params)
+            step += 1
+
+            row = metrics.reduce()
+            seconds = time.perf_counter() - tick
+            row |= {
+                "step": step,
+                "samples": step * effective,
+                "grad_norm": grad_norm,
+                "learning_rate": learning_rate,
+                "pairs_per_second": effective / seconds,
+                "seconds_per_step": seconds,
+                "memory_gb": memory_gb(device),
+            }
+            if accelerator.scaler is not None:
+                row["loss_scale"] = accelerator.scaler.get_scale()
+            if rows is not None:
+                for alarm in monitor.update(row):
+                    log.warning("step %d: %s", step, alarm.message)
+                    rows.write(alarm.row())
+                if step % training.logging_steps == 0 or step == training.max_train_steps:
+                    rows.write(row)
+                    accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+            bar.advance()
+            bar.note(f"loss {row['loss']:.4f} acc {row.get('implicit_acc', float('nan')):.2f}")
+            last = step == training.max_train_steps
+            if accelerator.is_main_process:
+                if last or (training.checkpointing_steps and step % training.checkpointing_steps == 0):
+                    last_checkpoint = save_checkpoint()
+                if sampler is not None and not last and training.sample_steps and step % training.sample_steps == 0:
+                    with swapped(ema, params):
+                        outputs.sample_grid(step, adapters=True)
+            accelerator.wait_for_everyone()
+    train_seconds = seconds_before + time.perf_counter() - started
+
+    # -- Stopped early: leave a checkpoint and go ----------------------------------------------------------------
+    if step < training.max_train_steps:
+        if accelerator.is_main_process and not checkpoint.folder_for(run_dir, step).exists():
+            last_checkpoint = save_checkpoint()
+        log.warning("stopped at step %d; go on with training.resume_from_checkpoint=latest", step)
+        end(accelerator, rows)
+        return TrainResult(run_dir, step, None, stop.signal or signal.SIGTERM)
+
+    # -- Outputs: adapter files, evaluation, report, model card -------------------------------------------------
+    result = None
+    if accelerator.is_main_process:
+        with swapped(ema, params):
+            result = outputs.finish(
+                policy,
+                dataset,
+                held_out,
+                step=step,
+                facts={
+                    "steps": step,
+                    "pairs": len(kept),
+                    "effective_batch": effective,
+                    "seconds_per_step": train_seconds / step,
+                    "train_seconds": train_seconds,
+                    "lora_parameters": count,
+                },
+            )
+    end(accelerator, rows)
+    return TrainResult(run_dir, step, result)
+
+
+def end(accelerator: Accelerator, rows: MetricsFile | None) -> None:
+    """Close the log files and trackers."""
+    if rows is not None:
+        rows.close()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def make_accelerator(training: TrainingConfig, output_dir: str) -> Accelerator:
+    """Device, processes and mixed precision."""
+    # accelerate keeps the precision of a process's first run; a second run in the same process may want another.
+    AcceleratorState._reset_state()
+    try:
+        return Accelerator(
+            mixed_precision=training.mixed_precision,
+            cpu=training.cpu or None,  # type: ignore[arg-type]
+            log_with=list(training.report_to) or None,
+            project_dir=output_dir,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"training.mixed_precision {training.mixed_precision!r}: {str(error).splitlines()[0]} "
+            "Use 'no', or 'bf16' where the device has it"
+        ) from error
+
+
+def resolve_auto(config: RunConfig, accelerator: Accelerator) -> RunConfig:
+    """Replace `auto` batch size and checkpointing by what fits the device; the effective batch stays as configured."""
+    training = config.training
+    if "auto" not in (training.train_batch_size, training.gradient_checkpointing):
+        return config
+    if accelerator.device.type != "cuda":
+        choice: tuple[int, bool] = (1, False)
+    else:
+        from diffalign.plan import choose_micro_batch
+
+        choice = choose_micro_batch(config, torch.cuda.get_device_properties(accelerator.device).total_memory)
+    batch, checkpointing = choice
+    changes: dict[str, Any] = {"train_batch_size": batch, "gradient_checkpointing": checkpointing}
+    if training.train_batch_size == "auto":
+        # Accumulation was given for a micro-batch of one; larger micro-batches need fewer of them.
+        if training.gradient_accumulation_steps % batch:
+            batch = max(b for b in range(1, batch + 1) if training.gradient_accumulation_steps % b == 0)
+        changes |= {
+            "train_batch_size": batch,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps // batch,
+        }
+    else:
+        changes["train_batch_size"] = training.train_batch_size
+    log.info("chosen for this device: %s", ", ".join(f"{k} {v}" for k, v in changes.items()))
+    return dataclasses.replace(config, training=dataclasses.replace(training, **changes))
+
+
+def configure_network(network: Any, training: TrainingConfig) -> None:
+    """Checkpointing, attention backend, memory format and compilation, all through diffusers."""
+    if training.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if training.attention == "xformers":
+        try:
+            network.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError) as error:
+            raise MissingExtraError("xformers", "xformers", "training.attention=xformers") from error
+    elif training.attention != "default":
+        try:
+            network.set_attention_backend(training.attention)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ConfigError(f"training.attention {training.attention!r}: {str(error).splitlines()[0]}") from error
+    if training.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if training.compile:
+        network.compile_repeated_blocks()
+
+
+def make_optimizer(params: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    """The configured optimiser over the adapter's parameters."""
+    betas = (training.adam_beta1, training.adam_beta2)
+    common: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.adam_weight_decay}
+    if training.optimizer in ("adamw", "adamw_fused"):
+        fused = True if training.optimizer == "adamw_fused" else None
+        return torch.optim.AdamW(params, betas=betas, eps=training.adam_epsilon, fused=fused, **common)
+    if training.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise MissingExtraError("bitsandbytes", "bitsandbytes", "training.optimizer=adamw8bit") from error
+        return bitsandbytes.optim.AdamW8bit(  # type: ignore[no-any-return]
+            params, betas=betas, eps=training.adam_epsilon, **common
+        )
+    from transformers import Adafactor
+
+    # The settings of the published SDXL runs: external learning rate, no parameter scaling.
+    return Adafactor(params, scale_parameter=False, relative_step=False, warmup_init=False, **common)
+
+
+def clip(accelerator: Accelerator, params: list[nn.Parameter], max_norm: float) -> float:
+    """Clip to the global norm and return it as it was; a non-positive `max_norm` only measures."""
+    if max_norm > 0:
+        return float(accelerator.clip_grad_norm_(params, max_norm))
+    accelerator.unscale_gradients()
+    return float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+
+
+class swapped:  # noqa: N801 (used like a function)
+    """Inside, the parameters are the EMA's averages (if there is one)."""
+
+    def __init__(self, ema: EMAModel | None, params: list[nn.Parameter]) -> None:
+        self.ema, self.params = ema, params
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self.ema.store(self.params)
+            self.ema.copy_to(self.params)
+
+    def __exit__(self, *error: object) -> None:
+        if self.ema is not None:
+            self.ema.restore(self.params)
+
+
+def stop_requested(stop: StopRequest, accelerator: Accelerator) -> bool:
+    """True on every process as soon as one was asked to stop."""
+    if accelerator.num_processes == 1:
+        return stop.signal is not None
+    flag = torch.tensor([float(stop.signal is not None)], device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: of the accelerator, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+
+

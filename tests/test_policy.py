@@ -1,0 +1,108 @@
+"""Policy and reference on a real (tiny, untrained) SDXL network: what the two passes share, and where gradients go."""
+
+import pytest
+import torch
+
+from diffalign import adapters
+from diffalign.config import LoraConfig, ModelConfig
+from diffalign.families import NETWORK, load_family
+from diffalign.objectives.dpo import DPO
+from diffalign.policy import Policy
+from tests_support import random_batch
+
+
+@pytest.fixture(scope="module")
+def family(tiny_folder):
+    found = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
+    found.load(NETWORK)
+    adapters.attach(found.network, LoraConfig(rank=4, targets="attention"), seed=0)
+    return found
+
+
+@pytest.fixture
+def fresh(family):
+    """The network with an untouched adapter."""
+    with torch.no_grad():
+        for name, parameter in family.network.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    family.network.zero_grad(set_to_none=True)
+    return family
+
+
+def disturb(network, size=0.05):
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=g))
+
+
+def test_a_fresh_adapter_agrees_with_the_reference_bitwise(fresh):
+    batch = random_batch(2)
+    ours, reference = Policy(fresh, fresh.network).errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
+    assert torch.equal(ours, reference)
+    out = DPO(beta_dpo=5000.0)(Policy(fresh, fresh.network), batch)
+    assert torch.equal(out.loss.detach(), torch.full((2,), 2.0).log())
+
+
+def test_the_reference_is_untouched_by_a_trained_adapter(fresh):
+    batch = random_batch(2)
+    policy = Policy(fresh, fresh.network)
+    _, before = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
+    disturb(fresh.network)
+    ours, after = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
+    assert torch.equal(before, after)
+    assert (ours - after).abs().min() > 1e-6
+
+
+def test_gradients_reach_the_adapter_and_nothing_else(fresh):
+    disturb(fresh.network)
+    DPO(beta_dpo=100.0)(Policy(fresh, fresh.network), random_batch(2)).loss.mean().backward()
+    with_gradient = {n for n, p in fresh.network.named_parameters() if p.grad is not None}
+    assert with_gradient
+    assert all("lora_" in name for name in with_gradient)
+
+
+def test_identical_images_give_a_zero_margin_for_any_policy(fresh):
+    disturb(fresh.network)
+    batch = random_batch(2, same_images=True)
+    out = DPO(beta_dpo=5000.0)(Policy(fresh, fresh.network), batch)
+    torch.testing.assert_close(out.metrics["rewards/margins"], torch.zeros(2), rtol=0, atol=2e-2)
+
+
+def test_errors_in_another_space_differ_by_the_known_factor(fresh):
+    batch = random_batch(2)
+    policy = Policy(fresh, fresh.network)
+    native, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
+    epsilon, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning, space="epsilon")
+    assert fresh.schedule.prediction_type == "v_prediction"
+    torch.testing.assert_close(epsilon, native * fresh.schedule.alphas_cumprod[batch.t])
+
+
+def test_sum_is_the_mean_times_the_number_of_latent_elements(fresh):
+    batch = random_batch(2)
+    policy = Policy(fresh, fresh.network)
+    mean, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
+    total, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning, reduction="sum")
+    torch.testing.assert_close(total, mean * batch.chosen[0].numel())
+
+
+def test_the_error_is_measured_against_the_v_target(fresh):
+    batch = random_batch(2)
+    policy = Policy(fresh, fresh.network)
+    ours, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
+    abar = fresh.schedule.alphas_cumprod[batch.t].view(-1, 1, 1, 1)
+    x_t = abar.sqrt() * batch.chosen + (1 - abar).sqrt() * batch.noise
+    v = abar.sqrt() * batch.noise - (1 - abar).sqrt() * batch.chosen
+    with torch.no_grad():
+        output = fresh.predict(fresh.network, x_t, batch.t, batch.chosen_conditioning)
+    torch.testing.assert_close(ours.detach(), (output - v).square().mean((1, 2, 3)))
+
+
+def test_splitting_a_batch_gives_the_same_losses(fresh):
+    disturb(fresh.network)
+    policy = Policy(fresh, fresh.network)
+    whole = DPO(beta_dpo=50.0)(policy, random_batch(4)).loss
+    parts = [DPO(beta_dpo=50.0)(policy, random_batch(4, only=slice(i, i + 1))).loss for i in range(4)]
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-4)
