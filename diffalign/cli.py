@@ -1,0 +1,316 @@
+"""The `diffalign` command: parse, call, exit code. 0 done, 2 a mistake the user can mend, 130 or 143 stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from diffalign import __version__
+from diffalign.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    parser = build_parser()
+    args, extra = parser.parse_known_args(argv)
+    # Overrides may stand anywhere: argparse cannot interleave them with options by itself.
+    overrides = [word for word in extra if "=" in word and not word.startswith("-")]
+    if wrong := [word for word in extra if word not in overrides]:
+        parser.error(f"unrecognised: {' '.join(wrong)} (settings are given as section.key=value)")
+    if overrides and "overrides" not in vars(args):
+        parser.error(f"{args.command} takes no settings; got {' '.join(overrides)}")
+    if overrides:
+        args.overrides = [*args.overrides, *overrides]
+    if "overrides" in vars(args):
+        args.config, args.overrides = config_first(args.config, args.overrides)
+    set_up_logging(args.verbose)
+    command: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return command(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"diffalign: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("diffalign: interrupted", file=sys.stderr)
+        return 130
+
+
+def config_first(config: str, overrides: list[str]) -> tuple[str, list[str]]:
+    """Take the config from wherever it stands among the settings: the first word that is a file or has no "="."""
+    words = [config, *overrides]
+    for place, word in enumerate(words):
+        if "=" not in word or Path(word).exists():
+            return word, words[:place] + words[place + 1 :]
+    return config, overrides
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    common.add_argument("-v", "--verbose", action="store_true", help="log more")
+    parser = argparse.ArgumentParser(prog="diffalign", description="Preference alignment for diffusion models.")
+    parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *, config: bool = True
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common])
+        sub.set_defaults(run=run)
+        if config:
+            sub.add_argument("config", help="a YAML file, the name of a shipped config, or a run folder")
+            sub.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+        return sub
+
+    add("train", run_train, "train an adapter")
+    demo = add(
+        "demo", run_demo, "the main job on the embedded tiny world: data, training, evaluation, report", config=False
+    )
+    demo.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    demo.add_argument("--config", default="demo_dpo", help="which shipped demo (default: demo_dpo)")
+    plan = add("plan", run_plan, "what a run would need: parameters, memory, disk, time; loads no weights")
+    plan.add_argument("--gpu-gb", type=float, help="memory of the GPU in GB (1e9 bytes); tells whether it fits")
+    plan.add_argument("--processes", type=int, default=1, help="number of GPUs")
+    plan.add_argument("--pairs", type=int, help="number of pairs, where the data set does not say")
+    plan.add_argument("--json", action="store_true", help="machine-readable")
+    add("cache", run_cache, "encode images and prompts into the cache, without training")
+    generate = add("generate", run_generate, "sample images from the base, or with an adapter")
+    generate.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    generate.add_argument("--prompts", help="a text file or a shipped list; default: the config's evaluation prompts")
+    generate.add_argument("--adapter", help="LoRA file or run folder; default: the run folder's own")
+    generate.add_argument("--base", action="store_true", help="also sample the base with the same noise, side by side")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--images-per-prompt", type=int, default=1)
+    generate.add_argument("--out", default="generated", help="folder for the images")
+    evaluate = add("evaluate", run_evaluate, "base against adapter: rewards and win rate with intervals")
+    evaluate.add_argument("--adapter", help="LoRA file or run folder; default: the run folder's own")
+    evaluate.add_argument("--out", help="where to write the JSON; default: <output_dir>/evaluation.json")
+    export = add("export", run_export, "write an adapter for diffusers and for kohya / ComfyUI")
+    export.add_argument("--adapter", help="LoRA file or checkpoint folder; default: the run's last checkpoint")
+    export.add_argument("--out", required=True)
+    export.add_argument("--fp16", action="store_true", help="half precision, for distribution")
+    data = add(
+        "data", run_data, "read a config's data and account for every row, without encoding anything", config=False
+    )
+    data.add_argument("action", choices=["check"])
+    data.add_argument("config")
+    data.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    report = add("report", run_report, "write the HTML report of a run, or compare several", config=False)
+    report.add_argument("runs", nargs="+", help="run folders")
+    report.add_argument("--out", default="comparison.html", help="for several runs")
+    lists = add("list", run_list, "what there is to name in a config", config=False)
+    lists.add_argument(
+        "kind", nargs="?", choices=["objectives", "families", "readers", "rewards", "configs", "prompts"]
+    )
+    add("doctor", run_doctor, "versions, devices, optional packages", config=False)
+    return parser
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Our messages on standard error; other libraries only when they warn."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    ours = logging.getLogger("diffalign")
+    ours.setLevel(logging.DEBUG if verbose else logging.INFO)
+    ours.propagate = False
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(handler)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from diffalign.config import load_config
+    from diffalign.trainer import train
+
+    result = train(load_config(config_path(args.config), args.overrides))
+    if result.stopped_by:
+        return 128 + result.stopped_by
+    if result.result:
+        print_result(result.result)
+    print(f"run folder: {result.run_dir}")
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from diffalign.config import load_config
+    from diffalign.trainer import train
+
+    overrides = list(args.overrides)
+    if not any(o.startswith("output_dir=") for o in overrides):
+        overrides.append(f"output_dir={next_free('runs', args.config)}")
+    result = train(load_config(args.config, overrides))
+    if result.stopped_by:
+        return 128 + result.stopped_by
+    if result.result:
+        print_result(result.result)
+    print(f"open {result.run_dir / 'report.html'} to look at it")
+    return 0
+
+
+def next_free(parent: str, stem: str) -> Path:
+    """`<parent>/<stem>-<n>` with the first n that does not exist."""
+    n = 1
+    while (path := Path(parent) / f"{stem}-{n}").exists():
+        n += 1
+    return path
+
+
+def print_result(result: dict) -> None:  # type: ignore[type-arg]
+    """The headline numbers of `result.json`."""
+    if "metric" in result:
+        low, high = result["win_rate_ci95"]
+        gain_low, gain_high = result["gain_ci95"]
+        print(f"metric              {result['metric']}")
+        print(f"base -> aligned     {result['base_mean']:.4f} -> {result['aligned_mean']:.4f}")
+        print(f"gain                {result['gain']:+.4f}   95 % interval [{gain_low:+.4f}, {gain_high:+.4f}]")
+        print(f"win rate            {result['win_rate']:.3f}    95 % interval [{low:.3f}, {high:.3f}]")
+    if "held_out_implicit_acc" in result:
+        low, high = result["held_out_implicit_acc_ci95"]
+        print(f"held-out accuracy   {result['held_out_implicit_acc']:.3f}    95 % interval [{low:.3f}, {high:.3f}]")
+    if "steps" in result:
+        print(
+            f"{result['steps']} steps on {result['pairs']} pairs in {result['train_seconds']:.0f} s "
+            f"({result['seconds_per_step']:.2f} s per step)"
+        )
+
+
+def config_path(name: str) -> Path:
+    """The config of a run folder, or the name as it is."""
+    inside = Path(name) / "config.yaml"
+    return inside if inside.is_file() else Path(name)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    from diffalign.config import load_config
+    from diffalign.plan import make_plan, render, to_json
+
+    plan = make_plan(
+        load_config(config_path(args.config), args.overrides),
+        gpu_gb=args.gpu_gb,
+        num_processes=args.processes,
+        pairs=args.pairs,
+    )
+    print(to_json(plan) if args.json else render(plan))
+    return 0
+
+
+def run_cache(args: argparse.Namespace) -> int:
+    from diffalign.commands import build_cache
+    from diffalign.config import load_config
+
+    print(build_cache(load_config(config_path(args.config), args.overrides)))
+    return 0
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    from diffalign.commands import generate
+    from diffalign.config import load_config
+
+    folder = generate(
+        load_config(config_path(args.config), args.overrides),
+        prompts=args.prompt or args.prompts,
+        adapter=adapter_of(args),
+        with_base=args.base,
+        seed=args.seed,
+        images_per_prompt=args.images_per_prompt,
+        out=Path(args.out),
+    )
+    print(f"images in {folder}")
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from diffalign.commands import evaluate_adapter
+    from diffalign.config import load_config
+
+    config = load_config(config_path(args.config), args.overrides)
+    adapter = adapter_of(args)
+    if adapter is None:
+        raise UserError("evaluate needs an adapter; give --adapter FILE, or a run folder instead of a config")
+    out = Path(args.out) if args.out else Path(config.output_dir) / "evaluation.json"
+    print_result(evaluate_adapter(config, adapter, out))
+    print(f"written to {out}")
+    return 0
+
+
+def adapter_of(args: argparse.Namespace) -> Path | None:
+    """The adapter named by the arguments, or the run folder's own."""
+    if args.adapter:
+        return Path(args.adapter)
+    return Path(args.config) if (Path(args.config) / "config.yaml").is_file() else None
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from diffalign.commands import export_adapter
+    from diffalign.config import load_config
+
+    config = load_config(config_path(args.config), args.overrides)
+    for path in export_adapter(config, Path(args.adapter) if args.adapter else None, Path(args.out), args.fp16):
+        print(path)
+    return 0
+
+
+def run_data(args: argparse.Namespace) -> int:
+    from diffalign.commands import check_data
+    from diffalign.config import load_config
+
+    report, path = check_data(load_config(config_path(args.config), args.overrides))
+    print(report.summary())
+    print(f"every row that was taken out: {path}")
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from diffalign.report import render_index, write_report
+
+    folders = [Path(run) for run in args.runs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"run folder {folder} does not exist")
+    if len(folders) == 1:
+        print(write_report(folders[0]))
+    else:
+        print(render_index(folders, Path(args.out)))
+    return 0
+
+
+def run_list(args: argparse.Namespace) -> int:
+    from diffalign import plugins
+    from diffalign.config import config_folder
+
+    folder = config_folder()
+    prompts = Path(__file__).parent / "data" / "prompts"
+    lists: dict[str, list[str]] = {
+        kind: plugins.names(kind) for kind in ("objectives", "families", "readers", "rewards")
+    }
+    lists["configs"] = sorted(p.stem for p in folder.glob("*.yaml"))
+    lists["prompts"] = sorted([p.stem for p in prompts.glob("*.txt")] + ["world_heldout", "world_train"])
+    for kind, names in lists.items():
+        if args.kind in (None, kind):
+            print(f"{kind + ':':<12} {' '.join(names)}" if args.kind is None else "\n".join(names))
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from diffalign.commands import doctor
+
+    print(json.dumps(doctor(), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The commands beside `train`: cache, generate, evaluate, export, data check, doctor."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torchvision.utils import save_image
+
+from diffalign import adapters, checkpoint, evaluate, export
+from diffalign.config import RunConfig
+from diffalign.data.pipeline import iterate
+from diffalign.data.prepare import REPORT, make_world_pairs, prepare
+from diffalign.data.prompts import load_prompts
+from diffalign.data.report import DataReport
+from diffalign.data.source import resolve
+from diffalign.errors import CheckpointError, ConfigError
+from diffalign.families import NETWORK, Family, load_family
+from diffalign.files import atomic_write_text, require_writable
+from diffalign.progress import Progress
+from diffalign.sampling import Sampler
+from diffalign.trainer import DTYPES, make_accelerator
+
+
+def open_family(config: RunConfig, accelerator: Accelerator) -> Family:
+    """The family of a config in the precision of training."""
+    vae_dtype = torch.float32 if config.cache.encode_dtype is None else getattr(torch, config.cache.encode_dtype)
+    dtype = DTYPES[config.training.mixed_precision]
+    return load_family(config.model, device=accelerator.device, dtype=dtype, vae_dtype=vae_dtype)
+
+
+def build_cache(config: RunConfig) -> str:
+    """Build (or finish, or check) the cache; returns one line about it."""
+    accelerator = make_accelerator(config.training, config.output_dir)
+    require_writable(config.cache_dir)
+    config = replace(config, cache=replace(config.cache, enabled=True))
+    prepared = prepare(config, open_family(config, accelerator), accelerator)
+    return f"{len(prepared.data):,} pairs in {config.cache_dir} ({prepared.report.summary()})"
+
+
+def generate(
+    config: RunConfig,
+    *,
+    prompts: str | Sequence[str] | None,
+    adapter: Path | None,
+    with_base: bool,
+    seed: int,
+    images_per_prompt: int,
+    out: Path,
+) -> Path:
+    """Sample images of prompts, with an adapter if one is given, and write them with an index."""
+    texts = load_prompts(prompts or config.evaluation.prompts, None if prompts else config.evaluation.num_prompts)
+    if not texts:
+        raise ConfigError("no prompt; give --prompt TEXT or --prompts FILE")
+    require_writable(out)
+    accelerator = make_accelerator(config.training, config.output_dir)
+    family = open_family(config, accelerator)
+    sampler = Sampler(family, texts, config.sampling, config.data.resolution)
+    family.load(NETWORK)
+    if adapter is not None:
+        export.load_lora(family.network, adapter, family=config.model.family)
+    sides = ([("base", False)] if with_base or adapter is None else []) + ([("adapter", True)] if adapter else [])
+    rows = []
+    for name, adapters_on in sides:
+        with Progress(f"sampling {name}", len(texts) * images_per_prompt) as progress:
+            images = sampler.images(
+                range(len(texts)), seed=seed, repeats=images_per_prompt, adapters=adapters_on, progress=progress.advance
+            )
+        for k, image in enumerate(images):
+            index, repeat = divmod(k, images_per_prompt)
+            file = f"{index:04d}-{repeat}-{name}.png"
+            save_image(image, out / file)
+            rows.append({"file": file, "prompt": texts[index], "repeat": repeat, "side": name, "seed": seed})
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    atomic_write_text(out / "images.jsonl", text)
+    return out
+
+
+def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, Any]:
+    """Compare base and adapter on the config's evaluation prompts and write the numbers."""
+    if not config.evaluation.prompts or not config.evaluation.rewards:
+        raise ConfigError("evaluation.prompts and evaluation.rewards must both be set to evaluate")
+    texts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
+    require_writable(out.parent)
+    accelerator = make_accelerator(config.training, config.output_dir)
+    family = open_family(config, accelerator)
+    sampler = Sampler(family, texts, config.sampling, config.data.resolution)
+    family.load(NETWORK)
+    info = export.load_lora(family.network, adapter, family=config.model.family)
+    evaluation, _, _ = evaluate.compare(sampler, config.evaluation, accelerator.device)
+    result = evaluation.headline() | {"adapter": str(info.path)}
+    atomic_write_text(out, json.dumps(result, indent=1))
+    return result
+
+
+def export_adapter(config: RunConfig, adapter: Path | None, out: Path, fp16: bool) -> list[Path]:
+    """Write an adapter file, or a checkpoint's adapter, in both styles."""
+    require_writable(out)
+    family = open_family(config, make_accelerator(config.training, config.output_dir))
+    family.load(NETWORK)
+    if adapter is None:
+        adapter = checkpoint.find(Path(config.output_dir), "latest")
+        if adapter is None:
+            raise CheckpointError(f"{config.output_dir} holds no checkpoint; give --adapter FILE")
+    if (adapter / "manifest.json").is_file():
+        found = checkpoint.load(adapter, config)
+        adapters.attach(family.network, config.lora)
+        adapters.load_state_dict(family.network, found.adapter)
+        metadata = {"step": str(found.step), "base": config.model.pretrained}
+    else:
+        info = export.load_lora(family.network, adapter, family=config.model.family)
+        ours = {k.removeprefix("diffalign."): v for k, v in info.metadata.items() if k.startswith("diffalign.")}
+        metadata = ours | {"role": info.role}
+    dtype = torch.float16 if fp16 else torch.float32
+    files = export.save_lora(family.network, None, out, family=config.model.family, metadata=metadata, dtype=dtype)
+    return list(files.values())
+
+
+def check_data(config: RunConfig) -> tuple[DataReport, Path]:
+    """Read all records of a config's data and write the account of every row; nothing is decoded."""
+    accelerator = make_accelerator(config.training, config.output_dir)
+    require_writable(Path(config.output_dir))
+    data = config.data
+    if data.world_pairs is not None:
+        data = replace(data, sources=(str(make_world_pairs(config, accelerator)),))
+    source = resolve(data)
+    report = DataReport(source=source.facts())
+    with Progress("reading", data.max_pairs, "pair") as progress:
+        for _ in iterate(data, source, report):
+            progress.advance()
+    path = Path(config.output_dir) / REPORT
+    report.write(path)
+    return report, path
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, devices and which optional packages are there."""
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors")
+    optional = ("xformers", "bitsandbytes", "tensorboard", "wandb")
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    devices = [
+        {
+            "name": torch.cuda.get_device_name(i),
+            "memory_gb": round(torch.cuda.get_device_properties(i).total_memory / 1e9, 1),
+            "bf16": torch.cuda.is_bf16_supported(),
+        }
+        for i in range(torch.cuda.device_count())
+    ]
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "optional": {name: version(name) for name in optional},
+        "devices": devices or "no CUDA device; training runs on the CPU",
+        "cpu_threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "offline": os.environ.get("HF_HUB_OFFLINE", "0") == "1",
+    }

@@ -1,0 +1,294 @@
+"""What a network costs, counted on the meta device: no weights, no memory, no GPU.
+
+Operations are counted by torch's own formulas (a multiply-add is 2). Activations are the distinct storages that
+autograd keeps for the backward pass, seen through saved-tensor hooks. Both come from one real forward pass of the real
+module on shapes alone, so that LoRA targets, resolution and checkpointing count as they are. Attention is counted as a
+fused kernel (queries, keys, values and output are kept; the attention matrix is not). Under mixed precision the casts
+of CUDA autocast are imitated: matrix products and convolutions in the low type, normalisations in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from diffalign.config import LoraConfig
+from diffalign.families.published import build_from_config
+
+TOKENS = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCost:
+    """One image through a UNet with a LoRA adapter.
+
+    Attributes:
+        parameters: of the frozen network.
+        lora_modules: layers with an adapter.
+        lora_parameters: trainable numbers.
+        forward_flops: reference pass, adapters off.
+        policy_forward_flops: forward pass with adapters.
+        backward_flops: backward pass through adapters; frozen layers need no weight gradient.
+        saved_bytes: kept for the backward pass without checkpointing.
+        checkpoint_bytes: kept with checkpointing of every resnet and transformer block.
+        transient_bytes: what the largest checkpointed block keeps while it is recomputed.
+    """
+
+    parameters: int
+    lora_modules: int
+    lora_parameters: int
+    forward_flops: int
+    policy_forward_flops: int
+    backward_flops: int
+    saved_bytes: int
+    checkpoint_bytes: int
+    transient_bytes: int
+
+
+class _Training(TorchFunctionMode):
+    """Fused attention, and autocast's choice of types where `low` is given."""
+
+    LOW = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
+    HIGH = (F.layer_norm, F.group_norm)
+
+    def __init__(self, low: torch.dtype | None) -> None:
+        super().__init__()
+        self.low = low
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, key, value = (self._cast(x, self.low) for x in args[:3])
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            return flash(query, key, value, 0.0, False, False, scale=kwargs.get("scale"))[0]
+        if self.low is not None and (func in self.LOW or func in self.HIGH):
+            dtype = self.low if func in self.LOW else torch.float32
+            args = tuple(self._cast(x, dtype) for x in args)
+            kwargs = {k: self._cast(x, dtype) for k, x in kwargs.items()}
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _cast(x: Any, dtype: torch.dtype | None) -> Any:
+        return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+class _Flops(TorchDispatchMode):
+    """Sums torch's own FLOP formulas. FlopCounterMode does the same by module, which takes three times as long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=output)
+        return output
+
+
+class _Saved:
+    """Which storages autograd keeps, sorted by where: inside a block that checkpointing would recompute, or outside.
+
+    Parameters do not count. Installed as a network's checkpointing function, `block` runs every block as it is, so that
+    one forward pass answers both ways.
+    """
+
+    def __init__(self, parameters: set[int]) -> None:
+        self.parameters = parameters
+        # Holding the storages keeps their addresses from being given to others.
+        self.outside: dict[int, torch.UntypedStorage] = {}
+        self.inputs: dict[int, torch.UntypedStorage] = {}
+        self.inside: dict[int, torch.UntypedStorage] = {}
+        self.transient = 0
+
+    def hooks(self, store: dict[int, torch.UntypedStorage]) -> Any:
+        def pack(x: Tensor) -> Tensor:
+            self._add(store, x)
+            return x
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+
+    def _add(self, store: dict[int, torch.UntypedStorage], x: Tensor) -> None:
+        storage = x.untyped_storage()
+        if storage._cdata not in self.parameters:
+            store[storage._cdata] = storage
+
+    def block(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs: dict[int, torch.UntypedStorage] = {}
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor):
+                self._add(inputs, x)
+        inside: dict[int, torch.UntypedStorage] = {}
+        with self.hooks(inside):  # the innermost hooks win: nothing inside the block is counted as outside
+            output = function(*args, **kwargs)
+        self.inputs |= inputs
+        self.inside |= inside
+        self.transient = max(self.transient, _size({k: v for k, v in inside.items() if k not in inputs}))
+        return output
+
+
+def _size(storages: dict[int, torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def measure_unet(
+    config: dict[str, Any], lora: LoraConfig, *, height: int, width: int, dtype: torch.dtype, tokens: int = TOKENS
+) -> NetworkCost:
+    """Count one image through a UNet.
+
+    Args:
+        config: of a diffusers UNet2DConditionModel.
+        lora: the adapter.
+        height: of the latents.
+        width: of the latents.
+        dtype: of the frozen weights; below float32 the training pass is counted under autocast to it.
+        tokens: text length.
+
+    Raises:
+        ConfigError: a class that cannot be built, or LoRA targets that name no layer.
+    """
+    return _measure_unet(json.dumps(config, sort_keys=True), lora, height, width, dtype, tokens)
+
+
+@lru_cache(maxsize=8)
+def _measure_unet(text: str, lora: LoraConfig, height: int, width: int, dtype: torch.dtype, tokens: int) -> NetworkCost:
+    from diffalign.adapters import attach, count
+
+    config = json.loads(text)
+    network: Any = build_from_config(config, device="meta", dtype=dtype).requires_grad_(False)
+    parameters = sum(p.numel() for p in network.parameters())
+    low = None if dtype == torch.float32 else dtype
+
+    def forward() -> Tensor:
+        return _call(network, config, height, width, dtype, tokens)
+
+    attach(network, lora)
+    modules, lora_parameters = count(network)
+
+    saved = _Saved({p.untyped_storage()._cdata for p in network.parameters()})
+    network.train()  # diffusers calls the checkpointing function only in training mode
+    network.enable_gradient_checkpointing(saved.block)
+    with _Training(low), _Flops() as policy:
+        in_adapters = _count_adapters(network, policy)
+        with saved.hooks(saved.outside):
+            output = forward()
+        policy_forward = policy.total
+        output.float().mean().backward()
+    return NetworkCost(
+        parameters=parameters,
+        lora_modules=modules,
+        lora_parameters=lora_parameters,
+        forward_flops=policy_forward - sum(in_adapters),
+        policy_forward_flops=policy_forward,
+        backward_flops=policy.total - policy_forward,
+        saved_bytes=_size(saved.outside | saved.inside),
+        checkpoint_bytes=_size(saved.outside | saved.inputs),
+        transient_bytes=saved.transient,
+    )
+
+
+def _count_adapters(network: Any, counter: _Flops) -> list[int]:
+    """Let the forward pass append the operations of every adapter's two factors: the reference has all but these."""
+    from diffalign.adapters import lora_layers
+
+    found: list[int] = []
+
+    def before(module: Any, args: Any) -> None:
+        found.append(-counter.total)
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        found.append(counter.total)
+
+    for layer in lora_layers(network).values():
+        for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+            factor.register_forward_pre_hook(before)
+            factor.register_forward_hook(after)
+    return found
+
+
+def _call(network: Any, config: dict[str, Any], height: int, width: int, dtype: torch.dtype, tokens: int) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(1, *shape, device="meta", dtype=dtype)
+
+    added = None
+    if config.get("addition_embed_type") == "text_time":
+        time_ids = 6
+        pooled = config["projection_class_embeddings_input_dim"] - time_ids * config["addition_time_embed_dim"]
+        added = {"text_embeds": empty(pooled), "time_ids": empty(time_ids, dtype=torch.float32)}
+    output: Tensor = network(
+        empty(config["in_channels"], height, width),
+        empty(dtype=torch.int64),
+        encoder_hidden_states=empty(tokens, config["cross_attention_dim"]),
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+    return output
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeCost:
+    """One image through an autoencoder's encoder.
+
+    Attributes:
+        flops: of the encoder.
+        peak_bytes: the most that is alive at a time, in float32, without the kernels' own workspaces.
+    """
+
+    flops: int
+    peak_bytes: int
+
+
+class _Alive(TorchDispatchMode):
+    """The largest sum of storages that are alive after any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for x in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return output
+
+
+def measure_encoder(config: dict[str, Any], resolution: int) -> EncodeCost:
+    """Count one square image of `resolution` pixels through an autoencoder's encoder.
+
+    Raises:
+        ConfigError: a class that cannot be built.
+    """
+    return _measure_encoder(json.dumps(config, sort_keys=True), resolution)
+
+
+@lru_cache(maxsize=8)
+def _measure_encoder(text: str, resolution: int) -> EncodeCost:
+    vae: Any = build_from_config(json.loads(text), device="meta")
+    pixels = torch.empty(1, 3, resolution, resolution, device="meta")
+    with torch.no_grad(), _Training(None), _Flops() as counter, _Alive() as alive:
+        vae.encode(pixels)
+    return EncodeCost(flops=counter.total, peak_bytes=alive.peak)

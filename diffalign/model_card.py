@@ -1,0 +1,372 @@
+"""The model card: README.md of a run folder, with front matter for the hub and a snippet that runs in that folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign import __version__
+from diffalign._run_data import interval_of, read_data_report, row_counts
+from diffalign.config import ModelConfig, RunConfig, to_tree
+from diffalign.errors import did_you_mean
+from diffalign.files import atomic_write_text
+from diffalign.world.names import TINY_BASES
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_TORCH_DTYPE = {"no": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+_FILE_KINDS = ("diffusers", "kohya")
+
+
+def write_card(
+    run_dir: Path,
+    config: RunConfig,
+    result: Mapping[str, Any] | None,
+    files: Mapping[str, str],
+    *,
+    latent_elements: int | None = None,
+) -> Path:
+    """Write `README.md`.
+
+    Args:
+        run_dir: the run folder; `data_report.json` is read from it where present.
+        config: the resolved config.
+        result: content of `result.json`, or None if nothing was evaluated.
+        files: adapter files by kind, relative to `run_dir`: "diffusers" and "kohya" (the naming ComfyUI reads).
+        latent_elements: C*h*w of one latent, which turns beta into its equivalents.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        ValueError: an unknown kind of file.
+    """
+    for kind in files:
+        if kind not in _FILE_KINDS:
+            raise ValueError(f"file kind {kind!r} is none of {', '.join(_FILE_KINDS)}{did_you_mean(kind, _FILE_KINDS)}")
+    tree = to_tree(config)
+    body = [
+        _front_matter(config),
+        _introduction(config, tree),
+        _usage(config, files),
+        _results(tree, result),
+        _training(config, tree, latent_elements),
+        _data(tree, result, read_data_report(run_dir, tree)),
+        _licence(),
+    ]
+    path = run_dir / "README.md"
+    atomic_write_text(path, "\n\n".join(part.strip() for part in body if part) + "\n")
+    return path
+
+
+def caveats(tree: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[str]:
+    """What a reader must know before quoting the numbers.
+
+    Args:
+        tree: the resolved config as a plain tree.
+        result: content of `result.json`, or None.
+    """
+    if result is None:
+        return ["Nothing was evaluated: no claim about quality is made."]
+    notes = []
+    data, evaluation = _section(tree, "data"), _section(tree, "evaluation")
+    if data.get("world_pairs"):
+        notes.append(
+            "The training pairs were judged by the same rule that scores the evaluation, on drawn scenes: this shows "
+            "that training works, not that a large model would gain as much."
+        )
+    elif result.get("in_training"):
+        notes.append(
+            f"`{result.get('metric')}` also labelled the training data: winning on it is not evidence of quality."
+        )
+    if isinstance(result.get("win_rate"), (int, float)):
+        notes.append(
+            "Win rate: base and aligned images share prompt and noise, ties count one half, and the 95 % interval is a "
+            "bootstrap over prompts. It covers these prompts and one training run, not the spread between runs."
+        )
+    if isinstance(count := evaluation.get("num_prompts"), int) and count < 200 and not data.get("world_pairs"):
+        notes.append(f"Only {count} prompts: about 800 are needed to tell 55 % from 50 %.")
+    return notes
+
+
+# -- Sections ---------------------------------------------------------------------------------------------------------
+
+
+def _front_matter(config: RunConfig) -> str:
+    tags = ["diffusers", "lora", "preference-alignment", "diffalign", _objective_name(config), config.model.family]
+    head: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": list(dict.fromkeys(tags)),
+    }
+    if _is_hub_id(config.model.pretrained):
+        head = {"base_model": config.model.pretrained, "base_model_relation": "adapter", **head}
+    datasets = [source for source in config.data.sources if _is_hub_id(source)]
+    if datasets:
+        head["datasets"] = datasets
+    text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}# license: yours to choose; see the section on licences\n---"
+
+
+def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
+    title = getattr(type(config.objective), "title", _objective_name(config))
+    name = Path(config.output_dir).name or "adapter"
+    return (
+        f"# {name}\n\nA LoRA adapter (rank {config.lora.rank}, alpha {_alpha(config):g}) for "
+        f"{_base_label(config.model)}, trained with **{title}** on preference pairs by "
+        f"diffalign {__version__}. The base model's weights are unchanged: without "
+        "the adapter you have the reference that training started from."
+    )
+
+
+def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
+    parts = ["## How to use it"]
+    lora = files.get("diffusers")
+    if lora is None:
+        parts.append("The adapter has not been exported yet: training did not finish.")
+    elif config.model.random_weights:
+        parts.append(
+            f"The base has random weights (architecture {config.model.pretrained!r}, for tests and benchmarks): there "
+            "is nothing to look at."
+        )
+    else:
+        parts.append("In diffusers, run in this folder:")
+        parts.append(f"```python\n{snippet(config, lora)}```")
+        parts.append("`adapter_weights` in `pipe.set_adapters('default_0', adapter_weights=0.7)` weakens it.")
+        parts.append(
+            "On the command line, in this folder: base and adapter side by side on the same noise.\n\n"
+            "```bash\ndiffalign generate config.yaml --adapter . --prompt "
+            f"{json.dumps(_prompt(config))}\n```"
+        )
+    if "kohya" in files:
+        parts.append(
+            f"In ComfyUI, copy `{files['kohya']}` to `models/loras` and add a *Load LoRA* node with strength 1.0 for "
+            "the model. The text encoders were not trained; their strength has no effect."
+        )
+    return "\n\n".join(parts)
+
+
+def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
+    """Python source that loads base and adapter from the current folder and saves `sample.png`.
+
+    Args:
+        config: the resolved config.
+        lora: file name of the adapter in diffusers' format.
+    """
+    sampling, model = config.sampling, config.model
+    dtype = _TORCH_DTYPE[config.training.mixed_precision]
+    tiny = model.pretrained in TINY_BASES
+    lines = ["import torch", ""]
+    if tiny:
+        lines += [
+            "from diffalign.world.bases import load_pipeline",
+            "",
+            f"pipe = load_pipeline({_quoted(model.pretrained)})",
+        ]
+    else:
+        lines += _load_lines(model, dtype)
+        lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")']
+    if sampling.scheduler:
+        lines.insert(1, f"from diffusers import {sampling.scheduler}")
+        lines.append(f"pipe.scheduler = {sampling.scheduler}.from_config(pipe.scheduler.config)")
+    if model.prediction_type:
+        lines.append(
+            "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, "
+            f"prediction_type={_quoted(model.prediction_type)})"
+        )
+    lines += [
+        f'pipe.load_lora_weights(".", weight_name={_quoted(lora)})',
+        "",
+        "image = pipe(",
+        f"    {_quoted(_prompt(config))},",
+    ]
+    if sampling.negative_prompt:
+        lines.append(f"    negative_prompt={_quoted(sampling.negative_prompt)},")
+    lines += [
+        f"    num_inference_steps={sampling.num_inference_steps},",
+        f"    guidance_scale={sampling.guidance_scale},",
+    ]
+    if sampling.guidance_rescale:
+        lines.append(f"    guidance_rescale={sampling.guidance_rescale},")
+    resolution = sampling.resolution or config.data.resolution
+    lines += [
+        f"    height={resolution},",
+        f"    width={resolution},",
+        "    generator=torch.Generator().manual_seed(0),",
+        ").images[0]",
+        'image.save("sample.png")',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _load_lines(model: ModelConfig, dtype: str) -> list[str]:
+    single = model.pretrained.endswith(".safetensors")
+    cls = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}.get(model.family, "DiffusionPipeline")
+    call = "from_single_file" if single else "from_pretrained"
+    # A local path is the trainer's own business: only its last part is published.
+    where = model.pretrained if _is_hub_id(model.pretrained) else Path(model.pretrained).name
+    arguments = [_quoted(where), f"torch_dtype={dtype}"]
+    arguments += [f"revision={_quoted(model.revision)}"] if model.revision else []
+    arguments += [f"variant={_quoted(model.variant)}"] if model.variant else []
+    lines = [f"from diffusers import {'AutoencoderKL, ' if model.vae else ''}{cls}", ""]
+    if model.vae:
+        vae = model.vae if _is_hub_id(model.vae) else Path(model.vae).name
+        vae_call = "from_single_file" if vae.endswith(".safetensors") else "from_pretrained"
+        lines.append(f"vae = AutoencoderKL.{vae_call}({_quoted(vae)}, torch_dtype={dtype})")
+        arguments.append("vae=vae")
+    if not _is_hub_id(model.pretrained):
+        lines.append("# the base checkpoint this was trained on: put your path to it here")
+    return [*lines, f"pipe = {cls}.{call}({', '.join(arguments)})"]
+
+
+def _results(tree: Mapping[str, Any], result: Mapping[str, Any] | None) -> str:
+    parts = ["## Results"]
+    if result is not None:
+        evaluation, sampling = _section(tree, "evaluation"), _section(tree, "sampling")
+        rewards = [row for row in result.get("rewards") or () if isinstance(row, Mapping)]
+        rows = [_result_row(row) for row in rewards] or [_result_row(result)]
+        parts.append(_table(("metric", "base", "aligned", "win rate", "95 % interval", "gain", "95 % interval"), rows))
+        accuracy = result.get("held_out_implicit_acc")
+        if isinstance(accuracy, (int, float)):
+            parts.append(f"Implicit accuracy on held-out pairs: {accuracy:.3f} (0.5 is chance).")
+        images = f"{evaluation.get('num_prompts')} prompts, {evaluation.get('images_per_prompt')} image(s) each"
+        settings = (
+            f"{sampling.get('num_inference_steps')} steps, guidance {sampling.get('guidance_scale')}, "
+            f"scheduler {sampling.get('scheduler') or 'of the model'}, seed {evaluation.get('seed')}"
+        )
+        parts.append(f"{images}; {settings}. The noise of every image is a function of (seed, prompt index, repeat).")
+    parts += [f"> {note}" for note in caveats(tree, result)]
+    return "\n\n".join(parts)
+
+
+def _result_row(result: Mapping[str, Any]) -> list[str]:
+    return [
+        str(result.get("reward") or result.get("metric") or ""),
+        _number(result.get("base_mean")),
+        _number(result.get("aligned_mean")),
+        _number(result.get("win_rate"), 3),
+        _span(result.get("win_rate_ci95")),
+        _number(result.get("gain"), 3),
+        _span(result.get("gain_ci95")),
+    ]
+
+
+def _span(value: Any) -> str:
+    interval = interval_of(value)
+    return "" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
+
+
+def _training(config: RunConfig, tree: Mapping[str, Any], latent_elements: int | None) -> str:
+    objective, training = _section(tree, "objective"), config.training
+    summary = config.objective.summary(latent_elements)
+    rows = [(f"`{name}`", _number(value)) for name, value in objective.items() if value is not None]
+    explained = {
+        "error_factor": "score = -factor x error",
+        "beta_without_half": "the same strength in code that leaves out the 1/2 of the score",
+        "beta_on_summed_error": "the same strength on the summed squared error, as the paper's pseudo-code has it",
+    }
+    rows += [
+        (f"{name}: {explained[name]}" if name in explained else name, _number(value))
+        for name, value in summary.items()
+        if name not in objective
+    ]
+    rows += [
+        ("learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}, warm-up {training.lr_warmup_steps}"),
+        ("optimiser steps", str(training.max_train_steps)),
+        (
+            "pairs per step and device",
+            f"{training.train_batch_size} x {training.gradient_accumulation_steps} (accumulated)",
+        ),
+        ("optimiser", f"{training.optimizer}, gradients clipped at {training.max_grad_norm:g}"),
+        ("precision", {"no": "float32"}.get(training.mixed_precision, training.mixed_precision)),
+        ("LoRA targets", str(_section(tree, "lora").get("targets"))),
+        ("weights saved", f"moving average, decay {training.ema_decay}" if training.ema_decay else "last step"),
+        ("resolution", f"{config.data.resolution} px" + (", aspect-ratio buckets" if config.data.buckets else "")),
+        ("seed", str(config.seed)),
+    ]
+    return "## Training\n\n" + _table(("setting", "value"), rows) + "\n\nEverything else is in `config.yaml`."
+
+
+def _data(tree: Mapping[str, Any], result: Mapping[str, Any] | None, report: Mapping[str, Any] | None) -> str:
+    data = _section(tree, "data")
+    # Folders of the machine it was trained on are nobody's business: only their names are published.
+    sources = [f"`{source if _is_hub_id(source) else Path(source).name}`" for source in data.get("sources") or ()]
+    made = data.get("world_pairs")
+    origin = (
+        f"images sampled from the base and judged by the tiny world's verifier and the taste *{made['taste']}*"
+        if made
+        else ", then ".join(sources) or "not named"
+    )
+    parts = [f"## Data\n\nFormat `{data.get('format')}`; source: {origin}. Ties: {data.get('ties')}."]
+    if result is not None and isinstance(result.get("pairs"), int):
+        parts.append(f"Pairs trained on: {result['pairs']:,}.")
+    if report:
+        counts = [(what, f"{n:,}", kind) for what, n, kind in row_counts(report)]
+        parts.append(_table(("while reading", "count", ""), counts))
+    return "\n\n".join(parts)
+
+
+def _licence() -> str:
+    return (
+        "## Licence and limits\n\nNo licence is set: choose one that the licences of the base model and of the data "
+        "set allow, and put it into the front matter (`license: ...`). The adapter inherits the base model's biases "
+        "and those of the people whose choices it was trained on."
+    )
+
+
+# -- Small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = tree.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _objective_name(config: RunConfig) -> str:
+    return Path(str(to_tree(config)["objective"]["name"])).stem
+
+
+def _alpha(config: RunConfig) -> float:
+    return float(config.lora.rank if config.lora.alpha is None else config.lora.alpha)
+
+
+def _is_hub_id(name: str) -> bool:
+    looks = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
+    return looks and not name.endswith((".safetensors", ".parquet", ".jsonl")) and not Path(name).exists()
+
+
+def _base_label(model: ModelConfig) -> str:
+    if _is_hub_id(model.pretrained):
+        return f"`{model.pretrained}`"
+    if model.pretrained in TINY_BASES:
+        return f"the embedded tiny base `{model.pretrained}`"
+    return f"`{Path(model.pretrained).name}`"
+
+
+def _prompt(config: RunConfig) -> str:
+    prompts = config.evaluation.prompts
+    if not isinstance(prompts, str) and prompts:
+        return prompts[0]
+    if config.model.pretrained in TINY_BASES:
+        return "a small green circle on a black background"
+    return "a fox in the snow, golden hour, photograph"
+
+
+def _quoted(text: str) -> str:
+    """A Python literal with double quotes: JSON's is one."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    cells = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)

@@ -1,0 +1,195 @@
+"""The card says what was trained and measured, its snippet runs, and nothing of the training machine leaks into it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diffalign import config as config_module
+from diffalign.config import RunConfig
+from diffalign.model_card import caveats, snippet, write_card
+
+RESULT = {
+    "metric": "verifier",
+    "base_mean": 0.4123,
+    "aligned_mean": 0.5217,
+    "win_rate": 0.6543,
+    "win_rate_ci95": [0.5911, 0.7122],
+    "pairs": 1234,
+}
+FILES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "pytorch_lora_weights_kohya.safetensors"}
+
+
+def make_config(**sections: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "output_dir": "/home/someone/secret/runs/my_run",
+        "model": {"family": "sdxl", "pretrained": "owner/base-model"},
+        "objective": {"name": "dpo", "beta_dpo": 2000},
+        "data": {"sources": ["/home/someone/secret/pairs", "owner/pairs-data"], "resolution": 1024},
+        "evaluation": {"num_prompts": 64},
+    }
+    for name, values in sections.items():
+        tree[name] = tree.get(name, {}) | values
+    return config_module.build(tree)
+
+
+TINY = {"family": "sdxl", "pretrained": "tiny-sdxl"}
+
+
+def card(folder: Path, config: RunConfig, result: dict[str, Any] | None = RESULT, **more: Any) -> str:
+    return write_card(folder, config, result, more.pop("files", FILES), **more).read_text(encoding="utf-8")
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def python_block(text: str) -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    return str(block)
+
+
+def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
+    text = card(tmp_path, make_config())
+    head = front_matter(text)
+    assert head["base_model"] == "owner/base-model"
+    assert head["library_name"] == "diffusers"
+    assert head["datasets"] == ["owner/pairs-data"]
+    assert {"lora", "dpo", "sdxl"} <= set(head["tags"])
+    assert "license" not in head
+    assert "# license: yours to choose" in text
+
+
+def test_local_base_is_no_hub_id_and_no_path_leaks(tmp_path: Path) -> None:
+    model = {"pretrained": "/home/someone/secret/juggernaut.safetensors", "vae": "/home/someone/secret/vae"}
+    text = card(tmp_path, make_config(model=model))
+    assert "base_model" not in front_matter(text)
+    assert "secret" not in text
+    assert 'StableDiffusionXLPipeline.from_single_file("juggernaut.safetensors"' in python_block(text)
+    assert "# my_run" in text
+
+
+def test_numbers_and_interval_are_in_the_results_row(tmp_path: Path) -> None:
+    text = card(tmp_path, make_config())
+    assert "| verifier | 0.4123 | 0.5217 | 0.654 | 0.591 to 0.712 |  |  |" in text
+    assert "Pairs trained on: 1,234." in text
+    assert "Only 64 prompts" in text
+    gain = {k: v for k, v in RESULT.items() if "win" not in k} | {"gain_ci95": [0.01, 0.2]}
+    assert "|  |  |  | 0.01 to 0.2 |" in card(tmp_path, make_config(), gain)
+
+
+def test_every_reward_has_its_row(tmp_path: Path) -> None:
+    second = {"reward": "aesthetic", "base_mean": 5.5, "aligned_mean": 5.25, "win_rate": 0.25, "gain": -0.25}
+    text = card(tmp_path, make_config(), RESULT | {"rewards": [{"reward": "verifier", "base_mean": 0.4}, second]})
+    assert "| verifier | 0.4 |" in text
+    assert "| aesthetic | 5.5 | 5.25 | 0.25 |  | -0.25 |" in text
+
+
+def test_beta_is_given_in_every_convention(tmp_path: Path) -> None:
+    """beta 2000 on the mean over 16,384 elements with the 1/2 is 1000 without it and 0.061 on the sum."""
+    text = card(tmp_path, make_config(), latent_elements=16384)
+    assert "| `beta_dpo` | 2,000 |" in text or "| `beta_dpo` | 2000 |" in text
+    assert re.search(r"beta_without_half.*\| 1,?000 \|", text)
+    assert re.search(r"beta_on_summed_error.*\| 0\.06104 \|", text)
+
+
+def test_unevaluated_run_makes_no_claim(tmp_path: Path) -> None:
+    text = card(tmp_path, make_config(), None, files={})
+    assert "Nothing was evaluated" in text
+    assert "training did not finish" in text
+    assert "```python" not in text
+
+
+def test_counts_come_from_the_data_report_even_a_cut_one(tmp_path: Path) -> None:
+    report = {
+        "rows": 5000,
+        "kept": 4100,
+        "skipped": {"tie": {"count": 600, "unusable": False}, "undecodable": {"count": 300, "unusable": True}},
+        "notes": {"long_prompt": {"count": 12}},
+        "source": {"id": "/home/someone/secret", "shards": 3},
+    }
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "data_report.json").write_text(json.dumps(report))
+    text = card(tmp_path, make_config())
+    for line in ("| rows | 5,000 |", "| tie | 600 | removed by a rule |", "| undecodable | 300 | unusable |"):
+        assert line in text
+    assert "| long prompt | 12 | kept, noted |" in text
+    assert "secret" not in text
+    (tmp_path / "cache" / "data_report.json").write_text('{"rows": 50')
+    assert "while reading" not in card(tmp_path, make_config())
+
+
+def test_caveats_follow_the_data() -> None:
+    world = {"data": {"world_pairs": {"prompts": 10}}}
+    assert "drawn scenes" in caveats(world, RESULT)[0]
+    assert "also labelled the training data" in caveats({}, RESULT | {"in_training": True})[0]
+    assert not any("labelled" in note for note in caveats({}, RESULT))
+
+
+class FakePipe:
+    """Records what the snippet does."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def load_lora_weights(self, folder: str, weight_name: str) -> None:
+        self.calls.append(("lora", Path(folder) / weight_name))
+
+    def __call__(self, prompt: str, **arguments: Any) -> Any:
+        self.calls.append(("sample", arguments | {"prompt": prompt}))
+        self.images = [self]
+        return self
+
+    def save(self, path: str) -> None:
+        self.calls.append(("save", path))
+
+
+def test_snippet_of_the_tiny_base_runs_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffalign.world import bases
+
+    config = make_config(
+        model=TINY,
+        data={"resolution": 32, "sources": []},
+        sampling={"num_inference_steps": 12, "guidance_scale": 2.0, "scheduler": "DDIMScheduler"},
+    )
+    pipe = FakePipe()
+    pipe.scheduler = type("Scheduler", (), {"config": {}})()  # type: ignore[attr-defined]
+    monkeypatch.setattr(bases, "load_pipeline", lambda name: pipe if name == "tiny-sdxl" else None)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(python_block(card(tmp_path, config)), "snippet", "exec"), {})
+    (_, lora), (_, arguments), saved = pipe.calls
+    assert lora == Path(FILES["diffusers"])
+    assert (arguments["num_inference_steps"], arguments["guidance_scale"], arguments["height"]) == (12, 2.0, 32)
+    assert saved == ("save", "sample.png")
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"revision": "main", "variant": "fp16"}, 'revision="main", variant="fp16"'),
+        ({"vae": "owner/fp16-vae"}, 'AutoencoderKL.from_pretrained("owner/fp16-vae", torch_dtype=torch.bfloat16)'),
+        ({"family": "sd"}, 'StableDiffusionPipeline.from_pretrained("owner/base-model"'),
+        ({"prediction_type": "v_prediction"}, 'prediction_type="v_prediction"'),
+    ],
+)
+def test_snippet_follows_the_model_section(model: dict[str, Any], expected: str) -> None:
+    source = snippet(make_config(model=model, training={"mixed_precision": "bf16"}))
+    compile(source, "snippet", "exec")
+    assert expected in source
+
+
+def test_random_weights_have_nothing_to_show(tmp_path: Path) -> None:
+    text = card(tmp_path, make_config(model={"pretrained": "sdxl", "random_weights": True}))
+    assert "random weights" in text
+    assert "```python" not in text
+
+
+def test_unknown_file_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'diffusers'"):
+        write_card(tmp_path, make_config(), None, {"difusers": "x"})
