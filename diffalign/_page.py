@@ -17,7 +17,8 @@ body{margin:0;background:var(--bg);color:var(--text);font:16px/1.5 system-ui,-ap
 main{max-width:1120px;margin:0 auto;padding:28px 16px 64px}
 h1{font-size:26px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:18px;margin:40px 0 12px}h3{font-size:14px;font-weight:600;margin:0}
-p{margin:6px 0;max-width:72ch}.muted,figcaption,small{color:var(--muted)}small{font-size:13px;line-height:1.4;display:inline-block}
+p{margin:6px 0;max-width:72ch}.muted,figcaption,small{color:var(--muted)}
+small{font-size:13px;line-height:1.4;display:inline-block}
 .cards{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,316px),1fr))}
 .tiles{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,236px),1fr))}
 .card{background:var(--surface);border:1px solid var(--line);border-radius:8px;padding:12px 14px;min-width:0}

@@ -36,8 +36,8 @@ class ModelConfig:
         revision: hub revision (branch, tag or commit).
         variant: file variant of the hub repository, such as "fp16".
         vae: another VAE (hub id, folder or single file); SDXL in fp16 needs an fp16-safe one.
-        config: folder or hub id with the component configs and tokenizers of a single-file checkpoint. None: the
-            published architecture shipped with the package.
+        config: folder or hub id with the component configs and tokenizers of a single-file checkpoint (or VAE). None:
+            the published architecture shipped with the package.
         random_weights: build `pretrained` as an architecture with random weights (tests, benchmarks, `plan`).
         prediction_type: override the scheduler's ("epsilon" or "v_prediction"), for checkpoints that do not say.
     """
@@ -179,7 +179,8 @@ class TrainingConfig:
 
     Attributes:
         learning_rate: the value in use; nothing is multiplied into it.
-        train_batch_size: pairs per device and micro-batch. "auto" picks it with `gradient_checkpointing: auto`.
+        train_batch_size: pairs per device and micro-batch. "auto" picks what fits the device's memory; then
+            `gradient_accumulation_steps` is read as the number of pairs per device and step, and divided by it.
         gradient_accumulation_steps: micro-batches per optimiser step.
         max_train_steps: optimiser steps.
         lr_scheduler: a name of `diffusers.optimization.get_scheduler`.

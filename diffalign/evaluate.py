@@ -146,7 +146,10 @@ def held_out_accuracy(
         for k in range(draws):
             t = ((k + (batch.t.float() + 0.5) / total) * total / draws).long().clamp(max=total - 1)
             errors = []
-            for x0, conditioning in ((batch.chosen, batch.chosen_conditioning), (batch.rejected, batch.rejected_conditioning)):
+            for x0, conditioning in (
+                (batch.chosen, batch.chosen_conditioning),
+                (batch.rejected, batch.rejected_conditioning),
+            ):
                 ours, reference = policy.errors(x0, batch.noise, t, conditioning)
                 assert reference is not None, "the reference was asked for"
                 errors.append(reference - ours)

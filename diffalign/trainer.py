@@ -75,8 +75,6 @@ def train(config: RunConfig) -> TrainResult:
     """
     # -- Setup ---------------------------------------------------------------------------------------------------
     training, objective = config.training, config.objective
-    if training.threads:
-        torch.set_num_threads(training.threads)
     accelerator = make_accelerator(training, config.output_dir)
     preflight.check(config, num_processes=accelerator.num_processes)
     config = resolve_auto(config, accelerator)
@@ -103,7 +101,9 @@ def train(config: RunConfig) -> TrainResult:
     plan = BatchPlan(kept, [sizes[i] for i in kept], training.train_batch_size, config.seed)
     dataset = PairMicroBatches(prepared.data, plan, objective, family, config.seed)
     autocast = accelerator.autocast if training.mixed_precision != "no" else nullcontext
-    prompts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts) if config.evaluation.prompts else []
+    prompts = (
+        load_prompts(config.evaluation.prompts, config.evaluation.num_prompts) if config.evaluation.prompts else []
+    )
     sampler = None
     if prompts and accelerator.is_main_process:
         sampler = Sampler(family, prompts, config.sampling, config.data.resolution, autocast)
@@ -289,7 +289,9 @@ def end(accelerator: Accelerator, rows: MetricsFile | None) -> None:
 
 
 def make_accelerator(training: TrainingConfig, output_dir: str) -> Accelerator:
-    """Device, processes and mixed precision."""
+    """Device, processes, mixed precision and CPU threads."""
+    if training.threads:
+        torch.set_num_threads(training.threads)
     # accelerate keeps the precision of a process's first run; a second run in the same process may want another.
     AcceleratorState._reset_state()
     try:
@@ -414,5 +416,3 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
-
-

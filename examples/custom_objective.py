@@ -66,9 +66,7 @@ class AnchoredDPO(Objective):
         assert reference is not None, "policy.errors computes the reference unless told otherwise"
         error_w, error_l = error.chunk(2)
         ref_w, ref_l = reference.chunk(2)
-        out = losses.dpo(
-            -0.5 * error_w, -0.5 * error_l, -0.5 * ref_w, -0.5 * ref_l, beta=self.beta_dpo, p=batch.p
-        )
+        out = losses.dpo(-0.5 * error_w, -0.5 * error_l, -0.5 * ref_w, -0.5 * ref_l, beta=self.beta_dpo, p=batch.p)
         charge = self.anchor * self.beta_dpo / 2 * (error_w - ref_w).relu()
         return LossOutput(
             out.loss + charge,

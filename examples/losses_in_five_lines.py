@@ -1,6 +1,6 @@
 """The loss core on its own: the same function for a denoising model and for a text model. Needs torch only.
 
-    python examples/losses_in_five_lines.py
+python examples/losses_in_five_lines.py
 """
 
 import torch

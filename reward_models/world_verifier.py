@@ -21,7 +21,7 @@ class WorldVerifier(Reward):
     """Share of the caption's promises that a 32 x 32 picture of the tiny world keeps."""
 
     range = (0.0, 1.0)
-    unit = "share of promises kept; the world's own drawings have 1, drawings of other captions about 0.55"
+    unit = "share of promises kept; the world's own drawings have 1, drawings of other captions about 0.3"
     differentiable = False
     weights = None
     licence = "Apache-2.0 (code only)"

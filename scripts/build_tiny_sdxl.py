@@ -45,20 +45,19 @@ def encode(pipe, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def evaluate(pipe, n: int, guidance: float, steps: int, held_out: bool) -> dict[str, float]:
     captions = sample_captions(n, seed=7, held_out=held_out)
     noise = torch.randn(n, pipe.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(7))
-    images = []
-    for i in range(0, n, 64):
-        images.append(
-            pipe(
-                captions[i : i + 64],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=CANVAS,
-                width=CANVAS,
-                latents=noise[i : i + 64],
-                output_type="pt",
-            ).images.float()
-        )
-    results = verify(torch.cat(images), captions)
+    batches = [
+        pipe(
+            captions[i : i + 64],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=CANVAS,
+            width=CANVAS,
+            latents=noise[i : i + 64],
+            output_type="pt",
+        ).images.float()
+        for i in range(0, n, 64)
+    ]
+    results = verify(torch.cat(batches), captions)
     keys = ("strict", "score", "background", "count", "colour", "shape", "bound", "size", "relation")
     return {k: sum(r[k] for r in results if k in r) / max(1, sum(k in r for r in results)) for k in keys}
 
@@ -91,12 +90,13 @@ def main() -> None:
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     state_path = args.out.with_name(args.out.name + ".state.pt")
     done_seconds, step = 0.0, 0
+    curve: list[dict[str, float]] = []
     if args.resume:
         state = torch.load(state_path, weights_only=True)
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
-        done_seconds, step = state["seconds"], state["step"]
+        done_seconds, step, curve = state["seconds"], state["step"], state["curve"]
 
     log.info("drawing %d scenes", args.scenes)
     scenes = sample_scenes(args.scenes, seed=args.seed)
@@ -115,8 +115,7 @@ def main() -> None:
     log.info("%d UNet parameters, %s latents", sum(p.numel() for p in pipe.unet.parameters()), tuple(latents.shape))
 
     generator = torch.Generator().manual_seed(args.seed + step)
-    total, start, last_look = args.minutes * 60, time.perf_counter(), 0.0
-    curve: list[dict[str, float]] = []
+    total, start, last_look = args.minutes * 60, time.perf_counter(), done_seconds
     running = 0.0
     while True:
         seconds = done_seconds + time.perf_counter() - start
@@ -145,7 +144,7 @@ def main() -> None:
         optimizer.step()
         ema.step(params)
         step += 1
-        running = loss.item() if step == 1 else 0.99 * running + 0.01 * loss.item()
+        running = loss.item() if running == 0.0 else 0.99 * running + 0.01 * loss.item()
         if not math.isfinite(running):
             raise FloatingPointError(f"loss is not finite at step {step}")
         if seconds - last_look > 240 or step == 50:
@@ -158,7 +157,7 @@ def main() -> None:
             curve.append({"seconds": round(seconds), "step": step, "loss": running} | row)
             log.info("%s", "  ".join(f"{k} {v:.3f}" if v < 10 else f"{k} {v:.0f}" for k, v in curve[-1].items()))
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
-            torch.save(state | {"seconds": seconds, "step": step}, state_path)
+            torch.save(state | {"seconds": seconds, "step": step, "curve": curve}, state_path)
 
     ema.copy_to(params)
     for guidance in (1.0, 2.0, 3.0):

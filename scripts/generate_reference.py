@@ -128,6 +128,11 @@ def config_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def plain(cell: str) -> str:
+    """Text for a table cell: no HTML, no cell borders."""
+    return cell.replace("|", "\\|").replace("<", "&lt;")
+
+
 def reward_rows() -> list[str]:
     """One table row per reward model."""
     rows = []
@@ -145,7 +150,7 @@ def reward_rows() -> list[str]:
             about.licence,
             about.gap,
         ]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows.append("| " + " | ".join(plain(cell) for cell in cells) + " |")
     return rows
 
 
@@ -164,12 +169,14 @@ def components_page() -> str:
         "| --- | --- | --- | --- |",
     ]
     for name in plugins.names("objectives"):
-        cls = plugins.find("objectives", name)
+        cls: Any = plugins.find("objectives", name)
         lines.append(f"| `{name}` | {cls.title} | {cls.layout} | {'needed' if cls.uses_reference else 'not used'} |")
     lines += ["", "## Families (`model.family`)", "", "| name | models |", "| --- | --- |"]
-    lines += [f"| `{name}` | {plugins.find('families', name).title} |" for name in plugins.names("families")]
+    families: dict[str, Any] = {name: plugins.find("families", name) for name in plugins.names("families")}
+    lines += [f"| `{name}` | {cls.title} |" for name, cls in families.items()]
     lines += ["", "## Readers (`data.format`)", "", "| name | what a source looks like |", "| --- | --- |"]
-    lines += [f"| `{name}` | {plugins.find('readers', name).layout} |" for name in plugins.names("readers")]
+    readers: dict[str, Any] = {name: plugins.find("readers", name) for name in plugins.names("readers")}
+    lines += [f"| `{name}` | {plain(cls.layout)} |" for name, cls in readers.items()]
     head = ["name", "score", "range and unit", "differentiable", "weights", "licence", "known gap to the original"]
     lines += ["", "## Rewards (`evaluation.rewards`)", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join(lines + reward_rows()) + "\n"

@@ -24,7 +24,9 @@ from diffalign.config import RunConfig, build
 
 torch.set_num_threads(1)
 
-LONG_PROMPT = "a very long prompt that has many more words than the twenty tokens of the tiny text encoder can ever take in"
+LONG_PROMPT = (
+    "a very long prompt that has many more words than the twenty tokens of the tiny text encoder can ever take in"
+)
 # label_0, has_label, prompt number, scene numbers of the two images; what the pipeline makes of the row
 ROWS: tuple[tuple[float, bool, int, tuple[int, int]], ...] = (
     (1.0, True, 0, (0, 1)),

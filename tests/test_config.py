@@ -58,9 +58,7 @@ def test_unknown_keys_are_refused_with_the_nearest_name_at_every_level() -> None
     refused(r"^trainning: unknown key; did you mean 'training'\? Known: cache, data", trainning={})
     refused(r"^training\.learning_rte: unknown key; did you mean 'learning_rate'\?", training={"learning_rte": 1})
     refused(r"^objective\.betta_dpo: unknown key; did you mean 'beta_dpo'\?", objective={"name": "dpo", "betta_dpo": 1})
-    refused(
-        r"^data\.world_pairs\.promts: unknown key; did you mean 'prompts'\?", data={"world_pairs": {"promts": 3}}
-    )
+    refused(r"^data\.world_pairs\.promts: unknown key; did you mean 'prompts'\?", data={"world_pairs": {"promts": 3}})
     refused(r"^cache\.zzz: unknown key\. Known: batch_size", cache={"zzz": 1})
 
 
@@ -72,7 +70,7 @@ def test_a_mistyped_objective_section_is_named_as_such() -> None:
 
 def test_missing_keys_are_named() -> None:
     refused(r"^model\.pretrained: missing", model={"family": "sdxl"})
-    with pytest.raises(ConfigError, match="^output_dir: missing"):
+    with pytest.raises(ConfigError, match=r"^output_dir: missing"):
         build({"model": {"family": "sdxl", "pretrained": "x"}, "objective": {"name": "dpo"}})
     refused("^objective: expected a section with a name.*Available: dpo, ", objective={"beta_dpo": 1})
     refused(r"^objective 'dppo' not found; did you mean 'dpo'\?", objective={"name": "dppo"})
@@ -115,7 +113,11 @@ def test_lists_and_single_values() -> None:
         ("training", {"learning_rate": "fast"}, r"^training\.learning_rate: got 'fast' \(str\); a number expected"),
         ("training", {"learning_rate": float("nan")}, r"^training\.learning_rate: got nan"),
         ("training", {"learning_rate": True}, r"^training\.learning_rate: got True"),
-        ("training", {"train_batch_size": "atuo"}, r"^training\.train_batch_size: got 'atuo'; a whole number or 'auto'"),
+        (
+            "training",
+            {"train_batch_size": "atuo"},
+            r"^training\.train_batch_size: got 'atuo'; a whole number or 'auto'",
+        ),
         ("training", {"mixed_precision": "bf61"}, r"got 'bf61'; expected one of 'no', 'bf16', 'fp16'; did you mean"),
         ("training", [1], r"^training: got \[1\]; a section with keys expected"),
         ("data", {"ties": True}, r"^data\.ties: got True; expected one of 'drop', 'soft'"),
@@ -212,7 +214,9 @@ def test_an_objective_of_ones_own(tmp_path: Path) -> None:
     copy = tmp_path / "config.yaml"
     copy.write_text(dump(config))
     assert load_config(copy) == config  # found again by its path
-    refused(r"objective\.strenght: unknown key; did you mean 'strength'\?", objective={"name": str(file), "strenght": 1})
+    refused(
+        r"objective\.strenght: unknown key; did you mean 'strength'\?", objective={"name": str(file), "strenght": 1}
+    )
 
 
 def test_shipped_configs_are_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

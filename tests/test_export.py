@@ -242,10 +242,9 @@ def comfy_names(unet: UNet2DConditionModel) -> set[str]:
     """The module names ComfyUI accepts for an SDXL UNet: those of the original network, built up as its code does."""
     config = unet.config
     per_block, levels = config.layers_per_block, len(config.block_out_channels)
-    depth = [
-        0 if kind == "DownBlock2D" else n
-        for kind, n in zip(config.down_block_types, config.transformer_layers_per_block, strict=True)
-    ]
+    layers = config.transformer_layers_per_block
+    layers = (layers,) * levels if isinstance(layers, int) else layers
+    depth = [0 if kind == "DownBlock2D" else n for kind, n in zip(config.down_block_types, layers, strict=True)]
     attention = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
     attention += [name.replace("attn1", "attn2") for name in attention] + ["ff.net.0.proj", "ff.net.2"]
     names = {"time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.2"}
@@ -280,8 +279,9 @@ def comfy_names(unet: UNet2DConditionModel) -> set[str]:
     return {f"lora_unet_{name.replace('.', '_')}" for name in names}
 
 
-def test_every_layer_has_a_name_comfyui_accepts() -> None:
-    unet = build_sdxl()
+@pytest.mark.parametrize("layout", ["published", "tiny"])
+def test_every_layer_has_a_name_comfyui_accepts(parts: StableDiffusionXLPipeline, layout: str) -> None:
+    unet = build_sdxl() if layout == "published" else parts.unet  # 3 levels of 2 layers, 2 of 1
     names = kohya_names(unet, "sdxl")
     assert names.keys() == adapters.base_layers(unet).keys()
     assert len(set(names.values())) == len(names)

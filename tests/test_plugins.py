@@ -82,7 +82,10 @@ def test_a_users_own_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("x = 1", "must define exactly one public subclass of Reader; found none"),
-        (READER.format(name="A") + READER.format(name="B").replace("from __future__ import annotations", ""), "found A, B"),
+        (
+            READER.format(name="A") + READER.format(name="B").replace("from __future__ import annotations", ""),
+            "found A, B",
+        ),
         ("import a_package_that_is_not_there", "does not run: ModuleNotFoundError"),
         ("def f(:", "does not run: SyntaxError"),
     ],

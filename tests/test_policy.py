@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tests_support import random_batch
 
 from diffalign import adapters
 from diffalign.config import LoraConfig, ModelConfig
 from diffalign.families import NETWORK, load_family
 from diffalign.objectives.dpo import DPO
 from diffalign.policy import Policy
-from tests_support import random_batch
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ KINDS = ("epsilon", "v_prediction", "sample")
 
 
 def schedule(prediction="epsilon", zero_snr=False):
-    scheduler = DDPMScheduler(prediction_type=prediction, beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_snr)
+    scheduler = DDPMScheduler(
+        prediction_type=prediction, beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_snr
+    )
     return scheduler, Schedule(scheduler.alphas_cumprod, prediction)
 
 
@@ -70,7 +72,9 @@ def test_error_factor_is_the_ratio_of_squared_errors_of_one_prediction(source, w
     x0, noise = (x.double() for x in tensors())
     alpha, sigma = (v.double() for v in ours.alpha_sigma(torch.tensor([100, 250, 700, 900])))
     x_t = add_noise(x0, noise, alpha, sigma)
-    output = target(source, x0, noise, alpha, sigma) + 0.1 * torch.randn(x0.shape, generator=generator_for(1, "e")).double()
+    output = (
+        target(source, x0, noise, alpha, sigma) + 0.1 * torch.randn(x0.shape, generator=generator_for(1, "e")).double()
+    )
     before = (output - target(source, x0, noise, alpha, sigma)).square().flatten(1).mean(1)
     said = convert(output, x_t, alpha, sigma, source, wanted)
     after = (said - target(wanted, x0, noise, alpha, sigma)).square().flatten(1).mean(1)

@@ -146,7 +146,9 @@ def test_kill_nine_and_resume_equal_an_uninterrupted_run_bit_for_bit(run, tmp_pa
 
 def test_accumulation_does_not_change_the_step(run):
     whole = run("whole", training__max_train_steps=3)
-    split = run("split", training__max_train_steps=3, training__train_batch_size=1, training__gradient_accumulation_steps=4)
+    split = run(
+        "split", training__max_train_steps=3, training__train_batch_size=1, training__gradient_accumulation_steps=4
+    )
     assert_near(adapter_of(whole.run_dir), adapter_of(split.run_dir))
     for a, b in zip(rows_of(whole.run_dir), rows_of(split.run_dir), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -245,7 +247,9 @@ def test_ema_is_what_is_exported(run):
     result = run(training__ema_decay=0.5, training__max_train_steps=3)
     last = adapter_of(result.run_dir)
     exported = load_file(result.run_dir / "pytorch_lora_weights.safetensors")
-    shadow = torch.load(checkpoint.folder_for(result.run_dir, 3) / "state.pt", weights_only=True)["ema"]["shadow_params"]
+    shadow = torch.load(checkpoint.folder_for(result.run_dir, 3) / "state.pt", weights_only=True)["ema"][
+        "shadow_params"
+    ]
     assert len(shadow) == len(exported) == len(last)
     sums = sorted(float(t.double().sum()) for t in shadow)
     assert sums == pytest.approx(sorted(float(t.double().sum()) for t in exported.values()), abs=1e-6)
@@ -342,7 +346,13 @@ def test_the_saved_lora_gives_the_same_images_in_a_plain_pipeline(evaluated):
     pipeline.load_lora_weights(str(evaluated.run_dir), weight_name="pytorch_lora_weights.safetensors")
     noise = torch.randn(20, 8, 8, generator=generator_for(5, "prompt 0", 0))[None]
     theirs = pipeline(
-        prompt, latents=noise, height=32, width=32, num_inference_steps=2, guidance_scale=2.0, negative_prompt="",
+        prompt,
+        latents=noise,
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        negative_prompt="",
         output_type="pt",
     ).images[0]
     assert (ours - theirs).abs().max() < 1.01 / 255

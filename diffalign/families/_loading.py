@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,10 @@ def quiet() -> Iterator[None]:
     for logger, one in filters.items():
         logger.addFilter(one)
     try:
-        yield
+        with warnings.catch_warnings():
+            # diffusers 0.42 passes it to huggingface_hub 1.x, which no longer wants it.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
+            yield
     finally:
         for library in libraries:
             library.enable_progress_bar()
@@ -236,7 +240,7 @@ def load_components(
                 raise ConfigError(f"{what} has no {', '.join(missing)}; expected {', '.join(sorted(wanted))}")
         if config.vae and "vae" in wanted:
             with _loading(f"model.vae {config.vae!r}"):
-                parts["vae"] = _load_vae(config.vae, vae_dtype)
+                parts["vae"] = _load_vae(pipeline_class, config, config.vae, vae_dtype)
     return parts
 
 
@@ -284,7 +288,7 @@ def _from_file(
 
     # A single file is read in one type: an autoencoder of another one is read by itself, not rounded and cast back.
     apart = wanted & {"vae"} if vae_dtype != dtype else set()
-    with _single_file_config(config, where) as folder:
+    with _config_folder(config, "" if config.config else _architecture_of(where)) as folder:
         pipeline = pipeline_class.from_single_file(
             where, config=folder, **dtype_argument(dtype), **_skipped(pipeline_class, wanted - apart)
         )
@@ -296,26 +300,29 @@ def _from_file(
     return parts | {"pipeline_config": dict(pipeline.config)}
 
 
-def _load_vae(name: str, dtype: torch.dtype) -> Any:
+def _load_vae(pipeline_class: Any, config: ModelConfig, name: str, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
     path = Path(name).expanduser()
     if path.is_file():
-        return AutoencoderKL.from_single_file(str(path), **dtype_argument(dtype))
+        # All published autoencoders of a family have one shape: no need to ask the hub for it.
+        architecture = "sdxl" if pipeline_class.__name__ == "StableDiffusionXLPipeline" else "sd15"
+        with _config_folder(config, architecture) as folder:
+            return AutoencoderKL.from_single_file(str(path), config=folder, subfolder="vae", **dtype_argument(dtype))
     where = str(_vae_folder(path)) if path.is_dir() else name
     return AutoencoderKL.from_pretrained(where, **dtype_argument(dtype))
 
 
 @contextmanager
-def _single_file_config(config: ModelConfig, file: str) -> Iterator[str]:
-    """The config folder of a single-file checkpoint: the user's, or the published one it has the shapes of."""
+def _config_folder(config: ModelConfig, architecture: str) -> Iterator[str]:
+    """The component configs of a single file: the folder (or hub id) that the user names, or a published one's."""
     if config.config:
         yield str(Path(config.config).expanduser()) if Path(config.config).expanduser().is_dir() else config.config
         return
     from diffalign.families import published
 
     with tempfile.TemporaryDirectory(prefix="diffalign-") as folder:
-        yield str(published.config_folder(_architecture_of(file), Path(folder)))
+        yield str(published.config_folder(architecture, Path(folder)))
 
 
 def _architecture_of(file: str) -> str:

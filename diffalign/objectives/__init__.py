@@ -1,4 +1,4 @@
-"""Objectives: one file per method. An objective is its own configuration: fields are hyper-parameters, the call is the method."""
+"""Objectives: one file per method. An objective is its own configuration: fields are settings, the call is the method."""
 
 from __future__ import annotations
 
@@ -57,15 +57,14 @@ class Objective(ABC):
             )
 
     def check(self, family: type[Family], prediction_type: str | None = None) -> None:
-        """Refuse a family on which the objective means nothing.
+        """Refuse a family on which the objective means nothing. The base accepts all.
 
         Raises:
             ConfigError: with the reason.
         """
+        return
 
-    def draw(
-        self, generator: torch.Generator, shape: tuple[int, ...], num_timesteps: int
-    ) -> tuple[int, Tensor, bool]:
+    def draw(self, generator: torch.Generator, shape: tuple[int, ...], num_timesteps: int) -> tuple[int, Tensor, bool]:
         """One sample's timestep, noise and whether its prompt is dropped.
 
         Args:

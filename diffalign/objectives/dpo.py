@@ -61,7 +61,9 @@ class DPO(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta_dpo <= 0:
-            raise ValueError(f"beta_dpo is {self.beta_dpo}; expected a positive number, published values are 2000 to 5000")
+            raise ValueError(
+                f"beta_dpo is {self.beta_dpo}; expected a positive number, published values are 2000 to 5000"
+            )
         # The loss core knows which rates go with which link: let it refuse now, not at the first step.
         zero = torch.zeros(1)
         losses.dpo(zero, zero, zero, zero, beta=1.0, **self._link())

@@ -69,7 +69,8 @@ class PatchVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         std_C = (singular[:channels] / patches_ND.shape[0] ** 0.5).float()
         scale_C = (std_C**exponent).view(-1, 1)
         self.to_latent.weight.copy_((basis_CD / scale_C)[..., None, None])
-        assert self.to_latent.bias is not None and self.to_patch.bias is not None, "made with a bias"
+        assert self.to_latent.bias is not None, "made with a bias"
+        assert self.to_patch.bias is not None, "made with a bias"
         self.to_latent.bias.copy_(-(basis_CD / scale_C) @ mean_D)
         self.to_patch.weight.copy_((basis_CD * scale_C).T[..., None, None])
         self.to_patch.bias.copy_(mean_D)

@@ -198,9 +198,7 @@ def compose(spec: Spec, rng: random.Random, style: Style | None = None) -> Scene
         while len(centres) < len(spec.things):
             centres = [(rng.choice(spots), rng.choice(spots)) for _ in spec.things]
             far = all(
-                max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= least_gap
-                for i, a in enumerate(centres)
-                for b in centres[:i]
+                max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= least_gap for i, a in enumerate(centres) for b in centres[:i]
             )
             centres = centres if far else []
     things = tuple(

@@ -108,7 +108,7 @@ def test_extreme_scores_give_no_nan():
     ],
 )
 def test_rates_that_mean_nothing_are_refused(wrong):
-    with pytest.raises(ValueError, match="label|loss_type"):
+    with pytest.raises(ValueError, match=r"label|loss_type"):
         losses.dpo(*scores(), beta=BETA, **wrong)
 
 

@@ -69,8 +69,9 @@ def test_a_lower_error_of_the_chosen_image_lowers_the_loss():
     reference = errors()
     better = reference.clone()
     better[:3] -= 0.05
-    at, below = DPO(beta_dpo=50.0)(KnownErrors(reference, reference), batch()), DPO(beta_dpo=50.0)(
-        KnownErrors(better, reference), batch()
+    at, below = (
+        DPO(beta_dpo=50.0)(KnownErrors(reference, reference), batch()),
+        DPO(beta_dpo=50.0)(KnownErrors(better, reference), batch()),
     )
     assert (below.loss < at.loss).all()
 

@@ -1,0 +1,223 @@
+"""Break the code on purpose, one line at a time, and see that some test goes red for each.
+
+    python scripts/check_mutations.py            # all; a few minutes on two cores
+    python scripts/check_mutations.py sign half  # some, by a word of their name
+
+Each mutation is made in a temporary copy of the checkout and run against the tests named with it. A mutation that no test
+notices is printed as SURVIVED and makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace `old` by `new` (exactly one occurrence) in `file`; `tests` should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+OBJECTIVES = "tests/objectives tests/losses"
+MUTATIONS = (
+    Mutation(
+        "sign flipped in the loss",
+        "diffalign/losses/links.py",
+        "return -p * logsigmoid(z)",
+        "return -p * logsigmoid(-z)",
+        OBJECTIVES,
+    ),
+    Mutation(
+        "sign flipped in the score",
+        "diffalign/objectives/dpo.py",
+        "-0.5 * error_w, -0.5 * error_l",
+        "0.5 * error_w, 0.5 * error_l",
+        OBJECTIVES,
+    ),
+    Mutation(
+        "one half dropped",
+        "diffalign/objectives/dpo.py",
+        "-0.5 * error_w, -0.5 * error_l, -0.5 * ref_w, -0.5 * ref_l",
+        "-error_w, -error_l, -ref_w, -ref_l",
+        OBJECTIVES,
+    ),
+    Mutation(
+        "sum for mean over the latent",
+        "diffalign/prediction.py",
+        'squared.mean(1) if reduction == "mean"',
+        'squared.sum(1) if reduction == "mean"',
+        "tests/test_prediction.py tests/test_policy.py",
+    ),
+    Mutation(
+        "mean for sum over the latent",
+        "diffalign/prediction.py",
+        "else squared.sum(1)",
+        "else squared.mean(1)",
+        "tests/test_prediction.py tests/test_policy.py",
+    ),
+    Mutation(
+        "winner and loser swapped in the objective",
+        "diffalign/objectives/dpo.py",
+        "torch.cat([batch.chosen, batch.rejected]),",
+        "torch.cat([batch.rejected, batch.chosen]),",
+        OBJECTIVES,
+    ),
+    Mutation(
+        "winner and loser swapped in the loader",
+        "diffalign/data/loader.py",
+        "(0, 1) if pair.p >= 0.5 else (1, 0)",
+        "(1, 0) if pair.p >= 0.5 else (0, 1)",
+        "tests/data/test_loader.py",
+    ),
+    Mutation(
+        "label flipped in the reader",
+        "diffalign/data/readers/pickapic.py",
+        'probability(row["label_0"], row["label_1"])',
+        'probability(row["label_1"], row["label_0"])',
+        "tests/data/test_readers.py",
+    ),
+    Mutation(
+        "noise not shared in a pair",
+        "diffalign/objectives/dpo.py",
+        "torch.cat([batch.noise, batch.noise]),",
+        "torch.cat([batch.noise, batch.noise.roll(1, 0)]),",
+        OBJECTIVES,
+    ),
+    Mutation(
+        "timestep not shared in a pair",
+        "diffalign/objectives/dpo.py",
+        "torch.cat([batch.t, batch.t]),",
+        "torch.cat([batch.t, batch.t.roll(1, 0)]),",
+        OBJECTIVES,
+    ),
+    Mutation(
+        "reference with adapters on",
+        "diffalign/policy.py",
+        "with adapters_off(self.bare), self.autocast():",
+        "with self.autocast():",
+        "tests/test_policy.py",
+    ),
+    Mutation(
+        "reference not detached",
+        "diffalign/losses/pair.py",
+        "policy - reference.detach().float()",
+        "policy - reference.float()",
+        OBJECTIVES,
+    ),
+    Mutation(
+        "errors in half precision",
+        "diffalign/prediction.py",
+        "(output.float() - wanted.float()).square()",
+        "(output.bfloat16() - wanted.bfloat16()).square()",
+        "tests/test_prediction.py tests/test_policy.py",
+    ),
+    Mutation(
+        "a tie counted as a win",
+        "diffalign/objectives/dpo.py",
+        "p=batch.p, **self._link()",
+        "p=torch.ones_like(batch.p), **self._link()",
+        OBJECTIVES,
+    ),
+    Mutation(
+        "alpha and sigma exchanged",
+        "diffalign/prediction.py",
+        "append_dims(alpha, x0) * x0 + append_dims(sigma, x0) * noise",
+        "append_dims(sigma, x0) * x0 + append_dims(alpha, x0) * noise",
+        "tests/test_prediction.py",
+    ),
+    Mutation(
+        "v target with the wrong sign",
+        "diffalign/prediction.py",
+        "append_dims(alpha, x0) * noise - append_dims(sigma, x0) * x0",
+        "append_dims(alpha, x0) * noise + append_dims(sigma, x0) * x0",
+        "tests/test_prediction.py",
+    ),
+    Mutation(
+        "noise depends on the step, not the sample",
+        "diffalign/schedules.py",
+        'f"{seed}/{sample_id}/{visit}"',
+        'f"{seed}/{visit}"',
+        "tests/test_prediction.py tests/data/test_loader.py",
+    ),
+    Mutation(
+        "accumulated gradients not averaged",
+        "diffalign/trainer.py",
+        ".mean() / accumulation)",
+        ".mean())",
+        "tests/test_trainer.py -k accumulation",
+    ),
+    Mutation(
+        "the optimiser's state forgotten on resume",
+        "diffalign/trainer.py",
+        'optimizer.optimizer.load_state_dict(resumed.state["optimizer"])',
+        "pass",
+        "tests/test_trainer.py -k kill_nine",
+    ),
+    Mutation(
+        "resume starts the data again",
+        "diffalign/trainer.py",
+        "first = step * accumulation",
+        "first = 0",
+        "tests/test_trainer.py -k kill_nine",
+    ),
+    Mutation(
+        "alpha lost in the kohya file",
+        "diffalign/export.py",
+        "torch.tensor(adapters.scale(layer, name) * layer.r[name], dtype",
+        "torch.tensor(float(layer.r[name]), dtype",
+        "tests/test_export.py",
+    ),
+)
+
+
+def run(mutation: Mutation) -> tuple[bool, float]:
+    """Whether the tests noticed, and how long they took."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / "checkout"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
+        target = copy / mutation.file
+        text = target.read_text()
+        if text.count(mutation.old) != 1:
+            raise SystemExit(
+                f"{mutation.name}: {mutation.old!r} occurs {text.count(mutation.old)} times in {mutation.file}"
+            )
+        target.write_text(text.replace(mutation.old, mutation.new))
+        words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+        environment = os.environ | {"PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1"}
+        started = time.perf_counter()
+        done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise SystemExit(
+                f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-500:]}"
+            )
+        return done.returncode == 1, time.perf_counter() - started
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    survived = 0
+    for mutation in chosen:
+        noticed, seconds = run(mutation)
+        survived += not noticed
+        print(f"{'noticed ' if noticed else 'SURVIVED'}  {seconds:5.0f} s  {mutation.name}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} mutations noticed")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
