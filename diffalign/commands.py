@@ -112,8 +112,12 @@ def export_adapter(config: RunConfig, adapter: Path | None, out: Path, fp16: boo
             raise CheckpointError(f"{config.output_dir} holds no checkpoint; give --adapter FILE")
     if (adapter / "manifest.json").is_file():
         found = checkpoint.load(adapter, config)
-        adapters.attach(family.network, config.lora)
+        params = adapters.attach(family.network, config.lora)
         adapters.load_state_dict(family.network, found.adapter)
+        if "ema" in found.state:  # the average is what a run samples and saves
+            with torch.no_grad():
+                for param, average in zip(params, found.state["ema"]["shadow_params"], strict=True):
+                    param.copy_(average)
         metadata = {"step": str(found.step), "base": config.model.pretrained}
     else:
         info = export.load_lora(family.network, adapter, family=config.model.family)

@@ -55,6 +55,13 @@ def prepare(config: RunConfig, family: Family, accelerator: Accelerator) -> Prep
     found = open_complete(folder, wanted, data)
     if found is not None:
         return found
+    if accelerator.num_processes > 1 and not data.keep_downloads:
+        # A process that is done with a shard must not delete it under another that still reads it.
+        log.warning(
+            "data.keep_downloads: false has no effect with several processes; to save disk, fill the cache with one "
+            "process first (diffalign cache CONFIG)"
+        )
+        data = replace(data, keep_downloads=True)
     with accelerator.main_process_first():
         source = resolve(data)
     check(data, source)  # before the encoders load
