@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, extra = parser.parse_known_args(argv)
     # Overrides may stand anywhere: argparse cannot interleave them with options by itself.
-    overrides = [word for word in extra if "=" in word and not word.startswith("-")]
+    overrides = [word for word in extra if not word.startswith("-")]
     if wrong := [word for word in extra if word not in overrides]:
         parser.error(f"unrecognised: {' '.join(wrong)} (settings are given as section.key=value)")
     if overrides and "overrides" not in vars(args):
@@ -83,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     demo.add_argument("--config", default="demo_dpo", help="which shipped demo (default: demo_dpo)")
     plan = add("plan", run_plan, "what a run would need: parameters, memory, disk, time; loads no weights")
-    plan.add_argument("--gpu-gb", type=float, help="memory of the GPU as it is sold (24, 80, ...); tells whether it fits")
+    plan.add_argument(
+        "--gpu-gb", type=float, help="memory of the GPU as it is sold (24, 80, ...); tells whether it fits"
+    )
     plan.add_argument("--processes", type=int, default=1, help="number of GPUs")
     plan.add_argument("--pairs", type=int, help="number of pairs, where the data set does not say")
     plan.add_argument("--json", action="store_true", help="machine-readable")

@@ -61,7 +61,7 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object per line, flushed at once; a cut last line is tolerated by its readers.
+    """`metrics.jsonl`: one JSON object per line; a cut last line is tolerated by its readers.
 
     Args:
         path: of the file.
@@ -74,15 +74,11 @@ class MetricsFile:
         temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
-        self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
-        self._file.write(json.dumps({k: _short(v) for k, v in row.items()}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        """Append one row; the file is not kept open, so that nothing is lost whatever ends the run."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({k: _short(v) for k, v in row.items()}) + "\n")
 
 
 def _short(value: Any) -> Any:

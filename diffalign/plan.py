@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from diffalign import rewards
 from diffalign.architecture import Architecture, Download, resolve
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
@@ -353,8 +354,9 @@ def make_plan(
         notes.append(
             "the number of pairs is not known before the data is read: pass pairs to get epochs and cache size"
         )
-    if config.evaluation.rewards and config.evaluation.at_end:
-        notes.append(f"evaluation also downloads its reward models: {', '.join(config.evaluation.rewards)}")
+    with_weights = [name for name in config.evaluation.rewards if rewards.find(name)[0].weights is not None]
+    if with_weights and config.evaluation.at_end:
+        notes.append(f"evaluation also downloads its reward models: {', '.join(with_weights)}")
     return Plan(
         model=costs.architecture.source,
         assumed=costs.architecture.assumed,

@@ -255,7 +255,7 @@ def train(config: RunConfig) -> TrainResult:
         if accelerator.is_main_process and not checkpoint.folder_for(run_dir, step).exists():
             last_checkpoint = save_checkpoint()
         log.warning("stopped at step %d; go on with training.resume_from_checkpoint=latest", step)
-        end(accelerator, rows)
+        end(accelerator)
         return TrainResult(run_dir, step, None, stop.signal or signal.SIGTERM)
 
     # -- Outputs: adapter files, evaluation, report, model card -------------------------------------------------
@@ -276,14 +276,12 @@ def train(config: RunConfig) -> TrainResult:
                     "lora_parameters": count,
                 },
             )
-    end(accelerator, rows)
+    end(accelerator)
     return TrainResult(run_dir, step, result)
 
 
-def end(accelerator: Accelerator, rows: MetricsFile | None) -> None:
-    """Close the log files and trackers."""
-    if rows is not None:
-        rows.close()
+def end(accelerator: Accelerator) -> None:
+    """Wait for the other processes and close the trackers."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

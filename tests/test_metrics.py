@@ -85,7 +85,6 @@ def write(path: Path, steps: list[int], resume_step: int = 0) -> None:
     file = MetricsFile(path, resume_step)
     for step in steps:
         file.write({"step": step, "loss": 1 / 3})
-    file.close()
 
 
 def test_rows_are_on_disk_at_once_and_short(tmp_path: Path) -> None:
@@ -93,7 +92,6 @@ def test_rows_are_on_disk_at_once_and_short(tmp_path: Path) -> None:
     file = MetricsFile(path)
     file.write({"step": 1, "loss": 1 / 3, "name": "x"})
     assert json.loads(path.read_text()) == {"step": 1, "loss": 0.333333, "name": "x"}
-    file.close()
 
 
 def test_a_line_that_a_kill_cut_is_left_out_and_the_next_starts_clean(tmp_path: Path) -> None:

@@ -239,13 +239,17 @@ def _judge(
 
     rng = random.Random(f"world pairs/{seed}")
     annotators = _annotators(config, rng)
-    special = rng.sample(range(config.prompts), round(config.unlabelled * config.prompts) + config.corrupt)
-    corrupt, unlabelled = set(special[: config.corrupt]), set(special[config.corrupt :])
     readings = verifier.read(torch.stack([from_jpeg(data) for data in files]))
     scores = [
         taste.combined(reading, captions[i // 2], annotators[i // 2], config.taste_weight)
         for i, reading in enumerate(readings)
     ]
+    judged = [label_of(scores[2 * i], scores[2 * i + 1], config.margin) for i in range(config.prompts)]
+    # Broken bytes go to decided rows where there are enough: a tie is dropped before anybody decodes it.
+    order = rng.sample(range(config.prompts), config.prompts)
+    order.sort(key=lambda i: judged[i][0] == 0.5)
+    corrupt = set(order[: config.corrupt])
+    unlabelled = set(rng.sample(order[config.corrupt :], round(config.unlabelled * config.prompts)))
     repeats = Counter(captions)
     rows: list[dict[str, Any]] = []
     for i, caption in enumerate(captions):
@@ -253,7 +257,7 @@ def _judge(
         uids = [hashlib.sha256(f"{seed}/{i}/{j}".encode() + data[j]).hexdigest()[:32] for j in (0, 1)]
         labels: tuple[float | None, float | None] = (None, None)
         if i not in unlabelled:
-            labels = label_of(scores[2 * i], scores[2 * i + 1], config.margin)
+            labels = judged[i]
         if i in corrupt:  # either side, early or late in the file
             side = rng.randrange(2)
             data[side] = data[side][: rng.randrange(100, len(data[side]) * 3 // 4)]

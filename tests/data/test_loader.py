@@ -176,7 +176,7 @@ def drawn(example: Any) -> tuple[int, Tensor]:
     return example.t, example.noise
 
 
-def test_noise_and_timestep_are_those_of_seed_sample_and_visit() -> None:
+def test_noise_and_timestep_are_those_of_seed_sample_and_visit(monkeypatch: pytest.MonkeyPatch) -> None:
     t, noise = drawn(dataset().example(0, 0))
     # Neither the batch size, nor what else is in the data, nor the label, nor what was drawn before matters.
     other = dataset(labels=(0.0, 1.0), batch_size=1)
@@ -186,6 +186,9 @@ def test_noise_and_timestep_are_those_of_seed_sample_and_visit() -> None:
     torch.manual_seed(99)
     torch.rand(3)
     assert torch.equal(drawn(dataset().example(0, 0))[1], noise)
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(variable, "3")
+    assert torch.equal(dataset().example(0, 0).noise, noise)
     for changed in (dataset(seed=1).example(0, 0), dataset().example(1, 0), dataset().example(0, 1)):
         assert not torch.equal(changed.noise, noise)
     assert len({dataset().example(0, visit).t for visit in range(20)}) > 10
