@@ -234,7 +234,8 @@ def test_custom_objective_example(tmp_path: Path) -> None:
 
     name = "examples/custom_objective.py"
     loaded = config.load_config(
-        "demo_dpo", [f"objective.name={name}", "objective.anchor=0.5", f"output_dir={tmp_path}"]
+        "demo_dpo",
+        [f"objective.name={name}", "objective.anchor=0.5", "objective.beta_dpo=500", f"output_dir={tmp_path}"],
     )
     objective = loaded.objective
     assert (type(objective).__name__, objective.anchor, objective.beta_dpo) == ("AnchoredDPO", 0.5, 500)
