@@ -16,11 +16,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from diffalign import losses
 from diffalign.data.batch import PairBatch
-from diffalign.objectives import LossOutput, Objective
+from diffalign.objectives import LossOutput, Objective, pair_metrics
 from diffalign.policy import Policy
 
 
@@ -53,32 +51,11 @@ class AnchoredDPO(Objective):
 
     def __call__(self, policy: Policy, batch: PairBatch) -> LossOutput:
         # One forward for both images, winners first, with the same timestep and the same noise.
-        conditioning = {
-            name: torch.cat([value, batch.rejected_conditioning[name]])
-            for name, value in batch.chosen_conditioning.items()
-        }
-        error, reference = policy.errors(
-            torch.cat([batch.chosen, batch.rejected]),
-            torch.cat([batch.noise, batch.noise]),
-            torch.cat([batch.t, batch.t]),
-            conditioning,
-        )
+        error, reference = policy.errors(*batch.stacked())
         assert reference is not None, "policy.errors computes the reference unless told otherwise"
         error_w, error_l = error.chunk(2)
         ref_w, ref_l = reference.chunk(2)
         out = losses.dpo(-0.5 * error_w, -0.5 * error_l, -0.5 * ref_w, -0.5 * ref_l, beta=self.beta_dpo, p=batch.p)
         charge = self.anchor * self.beta_dpo / 2 * (error_w - ref_w).relu()
-        return LossOutput(
-            out.loss + charge,
-            {
-                "implicit_acc": out.accuracy,
-                "rewards/chosen": out.chosen_reward,
-                "rewards/rejected": out.rejected_reward,
-                "rewards/margins": out.logits,
-                "error/chosen": error_w.detach(),
-                "error/rejected": error_l.detach(),
-                "error/chosen_ref": ref_w,
-                "error/rejected_ref": ref_l,
-                "anchor": charge.detach(),
-            },
-        )
+        metrics = pair_metrics(out, error, reference) | {"anchor": charge.detach()}
+        return LossOutput(out.loss + charge, metrics)

@@ -71,9 +71,9 @@ MUTATIONS = (
     ),
     Mutation(
         "winner and loser swapped in the objective",
-        "diffalign/objectives/dpo.py",
-        "torch.cat([batch.chosen, batch.rejected]),",
-        "torch.cat([batch.rejected, batch.chosen]),",
+        "diffalign/data/batch.py",
+        "latents = torch.cat([self.chosen, self.rejected])",
+        "latents = torch.cat([self.rejected, self.chosen])",
         OBJECTIVES,
     ),
     Mutation(
@@ -92,16 +92,16 @@ MUTATIONS = (
     ),
     Mutation(
         "noise not shared in a pair",
-        "diffalign/objectives/dpo.py",
-        "torch.cat([batch.noise, batch.noise]),",
-        "torch.cat([batch.noise, batch.noise.roll(1, 0)]),",
+        "diffalign/data/batch.py",
+        "torch.cat([self.noise, self.noise])",
+        "torch.cat([self.noise, self.noise.roll(1, 0)])",
         OBJECTIVES,
     ),
     Mutation(
         "timestep not shared in a pair",
-        "diffalign/objectives/dpo.py",
-        "torch.cat([batch.t, batch.t]),",
-        "torch.cat([batch.t, batch.t.roll(1, 0)]),",
+        "diffalign/data/batch.py",
+        "torch.cat([self.t, self.t])",
+        "torch.cat([self.t, self.t.roll(1, 0)])",
         OBJECTIVES,
     ),
     Mutation(

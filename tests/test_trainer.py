@@ -421,7 +421,8 @@ def test_one_step_of_the_full_sdxl_architecture_on_the_cpu(tmp_path, pair_parque
         Path("sdxl"),
         pair_parquet,
         model__random_weights=True,
-        data={"sources": [str(pair_parquet)], "resolution": 256, "max_pairs": 2},
+        data__resolution=256,
+        data__max_pairs=2,
         cache={"dir": str(tmp_path / "cache"), "batch_size": 1},
         training={
             "learning_rate": 1e-5,

@@ -84,6 +84,18 @@ class PairBatch:
     def rejected_conditioning(self) -> dict[str, Tensor]:
         return self.text | self.rejected_image
 
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Chosen then rejected along the batch axis (2B), for one forward: latents, noise, timesteps, conditioning.
+
+        Both images of a pair get the same timestep and the same noise.
+        """
+        conditioning = {
+            name: torch.cat([value, self.rejected_conditioning[name]])
+            for name, value in self.chosen_conditioning.items()
+        }
+        latents = torch.cat([self.chosen, self.rejected])
+        return latents, torch.cat([self.noise, self.noise]), torch.cat([self.t, self.t]), conditioning
+
 
 def collate(examples: Sequence[PairExample]) -> PairBatch:
     """Stack examples of equal latent shape."""

@@ -12,6 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from diffalign.data.batch import PairBatch
     from diffalign.families import Family
+    from diffalign.losses import PairLoss
     from diffalign.policy import Policy
 
 Layout = Literal["pairs", "winners"]
@@ -28,6 +29,26 @@ class LossOutput:
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+def pair_metrics(out: PairLoss, error: Tensor, reference_error: Tensor) -> dict[str, Tensor]:
+    """The metrics every pairwise objective on denoising errors reports.
+
+    Args:
+        out: of the pair loss, (B,).
+        error, reference_error: of policy and reference, winners first, (2B,).
+    """
+    (error_w, error_l), (ref_w, ref_l) = error.detach().chunk(2), reference_error.chunk(2)
+    return {
+        "implicit_acc": out.accuracy,
+        "rewards/chosen": out.chosen_reward,
+        "rewards/rejected": out.rejected_reward,
+        "rewards/margins": out.logits,
+        "error/chosen": error_w,
+        "error/rejected": error_l,
+        "error/chosen_ref": ref_w,
+        "error/rejected_ref": ref_l,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ import torch
 
 from diffalign import losses
 from diffalign.data.batch import PairBatch
-from diffalign.objectives import LossOutput, Objective
+from diffalign.objectives import LossOutput, Objective, pair_metrics
 from diffalign.policy import ErrorSpace, Policy
 
 
@@ -95,18 +95,7 @@ class DPO(Objective):
 
     def __call__(self, policy: Policy, batch: PairBatch) -> LossOutput:
         # One concatenated forward, winners first; the pair shares its timestep and its noise.
-        conditioning = {
-            name: torch.cat([value, batch.rejected_conditioning[name]])
-            for name, value in batch.chosen_conditioning.items()
-        }
-        error, reference_error = policy.errors(
-            torch.cat([batch.chosen, batch.rejected]),
-            torch.cat([batch.noise, batch.noise]),
-            torch.cat([batch.t, batch.t]),
-            conditioning,
-            space=self.error_space,
-            reduction=self.error_reduction,
-        )
+        error, reference_error = policy.errors(*batch.stacked(), space=self.error_space, reduction=self.error_reduction)
         assert reference_error is not None, "DPO asked for the reference"
         error_w, error_l = error.chunk(2)
         ref_w, ref_l = reference_error.chunk(2)
@@ -114,16 +103,4 @@ class DPO(Objective):
         out = losses.dpo(
             -0.5 * error_w, -0.5 * error_l, -0.5 * ref_w, -0.5 * ref_l, beta=self.beta_dpo, p=batch.p, **self._link()
         )
-        return LossOutput(
-            out.loss,
-            {
-                "implicit_acc": out.accuracy,
-                "rewards/chosen": out.chosen_reward,
-                "rewards/rejected": out.rejected_reward,
-                "rewards/margins": out.logits,
-                "error/chosen": error_w.detach(),
-                "error/rejected": error_l.detach(),
-                "error/chosen_ref": ref_w,
-                "error/rejected_ref": ref_l,
-            },
-        )
+        return LossOutput(out.loss, pair_metrics(out, error, reference_error))
