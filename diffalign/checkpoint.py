@@ -28,7 +28,7 @@ from diffalign.files import atomic_write_text, free_bytes, sha256
 
 log = logging.getLogger(__name__)
 # What may change between a run and its continuation.
-FREE_SECTIONS = ("output_dir", "sampling", "evaluation", "cache")
+FREE_SECTIONS = ("output_dir", "sampling", "cache")
 FREE_TRAINING = (
     "max_train_steps",
     "checkpointing_steps",
@@ -44,6 +44,9 @@ FREE_TRAINING = (
     "attention",
     "gradient_checkpointing",
 )
+# Compared as their product with the number of processes (`check_identity`), so that a run can move to other hardware.
+FREE_BATCH = ("train_batch_size", "gradient_accumulation_steps")
+FREE_EVALUATION = ("at_end", "prompts", "num_prompts", "images_per_prompt", "rewards", "seed", "grid_prompts")
 FREE_DATA = ("sources", "keep_downloads", "max_disk_gb", "max_unusable")
 
 
@@ -219,6 +222,31 @@ def load(path: Path, config: RunConfig) -> Checkpoint:
     return Checkpoint(path, manifest["step"], load_file(path / "adapter.safetensors"), state, manifest)
 
 
+def check_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
+    """Refuse to go on with another effective batch or on other pairs: the data position would mean something else.
+
+    Args:
+        found: the checkpoint.
+        identity: `effective_batch` (pairs per optimiser step over all processes), `micro_batch` (where image sizes
+            differ), number of training `pairs` and a hash of their `prompts`.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    before = found.manifest["identity"]
+    for key, why in (
+        ("effective_batch", "set gradient_accumulation_steps so that batch x accumulation x processes is the same"),
+        ("micro_batch", "with several image sizes the micro-batch must stay the same"),
+        ("pairs", "the training pairs must be the same"),
+        ("prompts", "the training pairs must be the same"),
+    ):
+        if before[key] != identity[key]:
+            raise CheckpointError(
+                f"checkpoint {found.path}: {key.replace('_', ' ')} was {before[key]!r}, is {identity[key]!r}; {why}, "
+                "or start in another output_dir"
+            )
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = []
     for section in new.keys() | old.keys():
@@ -229,7 +257,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if before != after:
                 found.append(f"{section} was {before!r}, is {after!r}")
             continue
-        free = {"training": FREE_TRAINING, "data": FREE_DATA}.get(section, ())
+        free = {"training": FREE_TRAINING + FREE_BATCH, "data": FREE_DATA, "evaluation": FREE_EVALUATION}.get(
+            section, ()
+        )
         found += [
             f"{section}.{key} was {before.get(key)!r}, is {after.get(key)!r}"
             for key in sorted(before.keys() | after.keys())

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffalign import __version__
 from diffalign.errors import UserError
+
+if TYPE_CHECKING:
+    from diffalign.config import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,15 +140,15 @@ def set_up_logging(verbose: bool) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from diffalign.config import load_config
     from diffalign.trainer import train
 
-    result = train(load_config(config_path(args.config), args.overrides))
+    result = train(read_config(args))
     if result.stopped_by:
         return 128 + result.stopped_by
-    if result.result:
-        print_result(result.result)
-    print(f"run folder: {result.run_dir}")
+    if os.environ.get("RANK", "0") == "0":  # one voice for all processes
+        if result.result:
+            print_result(result.result)
+        print(f"run folder: {result.run_dir}")
     return 0
 
 
@@ -190,18 +195,22 @@ def print_result(result: dict) -> None:  # type: ignore[type-arg]
         )
 
 
-def config_path(name: str) -> Path:
-    """The config of a run folder, or the name as it is."""
-    inside = Path(name) / "config.yaml"
-    return inside if inside.is_file() else Path(name)
+def read_config(args: argparse.Namespace) -> RunConfig:
+    """The config named on the command line: a file, a shipped name, or a run folder, which then is the output folder."""
+    from diffalign.config import load_config
+
+    inside = Path(args.config) / "config.yaml"
+    if not inside.is_file():
+        return load_config(args.config, args.overrides)
+    # A run folder may have been moved since its config was written.
+    return load_config(inside, [f"output_dir={args.config}", *args.overrides])
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    from diffalign.config import load_config
     from diffalign.plan import make_plan, render, to_json
 
     plan = make_plan(
-        load_config(config_path(args.config), args.overrides),
+        read_config(args),
         gpu_gb=args.gpu_gb,
         num_processes=args.processes,
         pairs=args.pairs,
@@ -212,18 +221,16 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_cache(args: argparse.Namespace) -> int:
     from diffalign.commands import build_cache
-    from diffalign.config import load_config
 
-    print(build_cache(load_config(config_path(args.config), args.overrides)))
+    print(build_cache(read_config(args)))
     return 0
 
 
 def run_generate(args: argparse.Namespace) -> int:
     from diffalign.commands import generate
-    from diffalign.config import load_config
 
     folder = generate(
-        load_config(config_path(args.config), args.overrides),
+        read_config(args),
         prompts=args.prompt or args.prompts,
         adapter=adapter_of(args),
         with_base=args.base,
@@ -237,9 +244,8 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     from diffalign.commands import evaluate_adapter
-    from diffalign.config import load_config
 
-    config = load_config(config_path(args.config), args.overrides)
+    config = read_config(args)
     adapter = adapter_of(args)
     if adapter is None:
         raise UserError("evaluate needs an adapter; give --adapter FILE, or a run folder instead of a config")
@@ -258,9 +264,8 @@ def adapter_of(args: argparse.Namespace) -> Path | None:
 
 def run_export(args: argparse.Namespace) -> int:
     from diffalign.commands import export_adapter
-    from diffalign.config import load_config
 
-    config = load_config(config_path(args.config), args.overrides)
+    config = read_config(args)
     for path in export_adapter(config, Path(args.adapter) if args.adapter else None, Path(args.out), args.fp16):
         print(path)
     return 0
@@ -268,9 +273,8 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_data(args: argparse.Namespace) -> int:
     from diffalign.commands import check_data
-    from diffalign.config import load_config
 
-    report, path = check_data(load_config(config_path(args.config), args.overrides))
+    report, path = check_data(read_config(args))
     print(report.summary())
     print(f"every row that was taken out: {path}")
     return 0

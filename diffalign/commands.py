@@ -7,38 +7,57 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torchvision.utils import save_image
 
-from diffalign import adapters, checkpoint, evaluate, export
+from diffalign import adapters, checkpoint, evaluate, export, preflight
 from diffalign.config import RunConfig
-from diffalign.data.pipeline import iterate
+from diffalign.data.loader import BatchPlan, PairMicroBatches
+from diffalign.data.pipeline import is_held_out, iterate
 from diffalign.data.prepare import REPORT, make_world_pairs, prepare
 from diffalign.data.prompts import load_prompts
 from diffalign.data.report import DataReport
 from diffalign.data.source import resolve
 from diffalign.errors import CheckpointError, ConfigError
-from diffalign.families import NETWORK, Family, load_family
+from diffalign.families import NETWORK, Family
 from diffalign.files import atomic_write_text, require_writable
+from diffalign.hardware import make_accelerator, open_family
+from diffalign.outputs import held_out_result
+from diffalign.policy import Policy
 from diffalign.progress import Progress
-from diffalign.sampling import Sampler
-from diffalign.trainer import DTYPES, make_accelerator
+from diffalign.sampling import Sampler, save_png
 
 
-def open_family(config: RunConfig, accelerator: Accelerator) -> Family:
-    """The family of a config in the precision of training."""
-    vae_dtype = torch.float32 if config.cache.encode_dtype is None else getattr(torch, config.cache.encode_dtype)
-    dtype = DTYPES[config.training.mixed_precision]
-    return load_family(config.model, device=accelerator.device, dtype=dtype, vae_dtype=vae_dtype)
+def load_adapter(family: Family, config: RunConfig, path: Path) -> dict[str, str]:
+    """Attach an adapter file, a run folder's, or a checkpoint folder's (its average, if the run keeps one).
+
+    Returns:
+        What is known about it, as export metadata.
+
+    Raises:
+        CheckpointError: it does not fit, or the checkpoint belongs to another config.
+    """
+    if not (path / "manifest.json").is_file():
+        info = export.load_lora(family.network, path, family=config.model.family)
+        ours = {k.removeprefix("diffalign."): v for k, v in info.metadata.items() if k.startswith("diffalign.")}
+        return ours | {"role": info.role}
+    found = checkpoint.load(path, config)
+    params = adapters.attach(family.network, config.lora)
+    adapters.load_state_dict(family.network, found.adapter)
+    if "ema" in found.state:  # the average is what a run samples and saves
+        with torch.no_grad():
+            for param, average in zip(params, found.state["ema"]["shadow_params"], strict=True):
+                param.copy_(average)
+    return {"step": str(found.step), "base": config.model.pretrained, "role": "positive"}
 
 
 def build_cache(config: RunConfig) -> str:
     """Build (or finish, or check) the cache; returns one line about it."""
+    preflight.check_sampling(config)
     accelerator = make_accelerator(config.training, config.output_dir)
     require_writable(config.cache_dir)
     config = replace(config, cache=replace(config.cache, enabled=True))
@@ -57,16 +76,19 @@ def generate(
     out: Path,
 ) -> Path:
     """Sample images of prompts, with an adapter if one is given, and write them with an index."""
-    texts = load_prompts(prompts or config.evaluation.prompts, None if prompts else config.evaluation.num_prompts)
-    if not texts:
+    preflight.check_sampling(config)
+    if images_per_prompt < 1:
+        raise ConfigError(f"--images-per-prompt: got {images_per_prompt}; expected at least 1")
+    if not (prompts or config.evaluation.prompts):
         raise ConfigError("no prompt; give --prompt TEXT or --prompts FILE")
+    texts = load_prompts(prompts or config.evaluation.prompts, None if prompts else config.evaluation.num_prompts)
     require_writable(out)
     accelerator = make_accelerator(config.training, config.output_dir)
     family = open_family(config, accelerator)
     sampler = Sampler(family, texts, config.sampling, config.data.resolution)
     family.load(NETWORK)
     if adapter is not None:
-        export.load_lora(family.network, adapter, family=config.model.family)
+        load_adapter(family, config, adapter)
     sides = ([("base", False)] if with_base or adapter is None else []) + ([("adapter", True)] if adapter else [])
     rows = []
     for name, adapters_on in sides:
@@ -77,7 +99,7 @@ def generate(
         for k, image in enumerate(images):
             index, repeat = divmod(k, images_per_prompt)
             file = f"{index:04d}-{repeat}-{name}.png"
-            save_image(image, out / file)
+            save_png(image, out / file)
             rows.append({"file": file, "prompt": texts[index], "repeat": repeat, "side": name, "seed": seed})
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     atomic_write_text(out / "images.jsonl", text)
@@ -85,18 +107,28 @@ def generate(
 
 
 def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, Any]:
-    """Compare base and adapter on the config's evaluation prompts and write the numbers."""
+    """Compare base and adapter on the config's evaluation prompts and held-out pairs, and write the numbers."""
+    preflight.check_sampling(config)
     if not config.evaluation.prompts or not config.evaluation.rewards:
         raise ConfigError("evaluation.prompts and evaluation.rewards must both be set to evaluate")
     texts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
     require_writable(out.parent)
     accelerator = make_accelerator(config.training, config.output_dir)
     family = open_family(config, accelerator)
-    sampler = Sampler(family, texts, config.sampling, config.data.resolution)
+    fraction, objective = config.evaluation.held_out_fraction, config.objective
+    data = prepare(config, family, accelerator).data if fraction and objective.uses_reference else None
+    autocast = accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
+    sampler = Sampler(family, texts, config.sampling, config.data.resolution, autocast)
     family.load(NETWORK)
-    info = export.load_lora(family.network, adapter, family=config.model.family)
+    load_adapter(family, config, adapter)
     evaluation, _, _ = evaluate.compare(sampler, config.evaluation, accelerator.device)
-    result = evaluation.headline() | {"adapter": str(info.path)}
+    result = evaluation.headline() | {"adapter": str(adapter)}
+    if data is not None:
+        held_out = [i for i, prompt in enumerate(data.prompts) if is_held_out(prompt, fraction)]
+        plan = BatchPlan(range(len(data)), data.target_sizes, 1, config.seed)
+        dataset = PairMicroBatches(data, plan, objective, family, config.seed)
+        policy = Policy(family, family.network, autocast=autocast)
+        result |= held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
     atomic_write_text(out, json.dumps(result, indent=1))
     return result
 
@@ -110,19 +142,7 @@ def export_adapter(config: RunConfig, adapter: Path | None, out: Path, fp16: boo
         adapter = checkpoint.find(Path(config.output_dir), "latest")
         if adapter is None:
             raise CheckpointError(f"{config.output_dir} holds no checkpoint; give --adapter FILE")
-    if (adapter / "manifest.json").is_file():
-        found = checkpoint.load(adapter, config)
-        params = adapters.attach(family.network, config.lora)
-        adapters.load_state_dict(family.network, found.adapter)
-        if "ema" in found.state:  # the average is what a run samples and saves
-            with torch.no_grad():
-                for param, average in zip(params, found.state["ema"]["shadow_params"], strict=True):
-                    param.copy_(average)
-        metadata = {"step": str(found.step), "base": config.model.pretrained}
-    else:
-        info = export.load_lora(family.network, adapter, family=config.model.family)
-        ours = {k.removeprefix("diffalign."): v for k, v in info.metadata.items() if k.startswith("diffalign.")}
-        metadata = ours | {"role": info.role}
+    metadata = load_adapter(family, config, adapter)
     dtype = torch.float16 if fp16 else torch.float32
     files = export.save_lora(family.network, None, out, family=config.model.family, metadata=metadata, dtype=dtype)
     return list(files.values())

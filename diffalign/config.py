@@ -192,7 +192,7 @@ class TrainingConfig:
         gradient_checkpointing: True, False, or "auto" (with `train_batch_size: auto`, from the device's memory).
         ema_decay: exponential moving average of the adapter; None turns it off. The average is what is saved and
             sampled.
-        attention: "default", or a backend name of diffusers' `set_attention_backend` ("native", "xformers", "flash").
+        attention: "default" (PyTorch's own, which picks flash where it can) or "xformers".
         compile: torch.compile the repeated blocks.
         channels_last: memory format of the network.
         dataloader_workers: processes that read the cache ahead.

@@ -16,7 +16,7 @@ from diffalign.data.batch import collate
 from diffalign.data.loader import PairMicroBatches
 from diffalign.policy import Policy
 from diffalign.progress import Progress
-from diffalign.sampling import Sampler
+from diffalign.sampling import Sampler, sampling_mode, to_float
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def compare(
     """Sample base and adapter on every prompt of the sampler, and score both.
 
     Returns:
-        The evaluation, and the first image of every prompt from base and adapter, (P, 3, H, W) in [0, 1].
+        The evaluation, and the first image of every prompt from base and adapter, uint8 (P, 3, H, W).
     """
     indices = range(len(sampler.prompts))
     images = {}
@@ -92,13 +92,22 @@ def compare(
     for name in config.rewards:
         reward = rewards.load(name, device=device)
         scores = {
-            side: rewards.score(reward, image, prompts).view(-1, config.images_per_prompt).numpy()
+            side: score_all(reward, image, prompts).view(-1, config.images_per_prompt).numpy()
             for side, image in images.items()
         }
         evaluation.results.append(_result(name, scores["base"], scores["aligned"]))
         evaluation.scores[name] = {side: value.tolist() for side, value in scores.items()}
     step = config.images_per_prompt
     return evaluation, images["base"][::step], images["aligned"][::step]
+
+
+def score_all(reward: rewards.Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
+    """Scores (N,) of uint8 images (N, 3, H, W); only one batch at a time is held as floats."""
+    scores = [
+        rewards.score(reward, to_float(images[i : i + batch_size]), prompts[i : i + batch_size])
+        for i in range(0, len(images), batch_size)
+    ]
+    return torch.cat(scores)
 
 
 def _result(name: str, base: Any, aligned: Any) -> RewardResult:
@@ -130,30 +139,42 @@ def held_out_accuracy(
 ) -> statistics.Estimate | None:
     """Implicit accuracy on pairs that training never saw: how often the chosen image gained more than the rejected.
 
-    For each pair the margin is averaged over `draws` timesteps, one from each slice of the schedule, with fixed noise, so
-    that numbers of different steps and runs are comparable. Ties in the data are left out.
+    For each pair the margin is averaged over `draws` timesteps, one from each slice of the range that the objective trains,
+    with fixed noise and always with the prompt, so that numbers of different steps and runs are comparable. Errors are
+    measured as the objective measures them. Ties in the data are left out.
 
     Returns:
         Mean over pairs with its bootstrap interval, or None if there is no pair.
     """
-    total = policy.num_timesteps
-    hits = []
-    examples = [e for e in (dataset.example(index, 0) for index in indices) if e.p != 0.5]
-    for start in range(0, len(examples), batch_size):
-        chunk = examples[start : start + batch_size]
-        batch = collate(chunk).to(policy.family.device)
-        margin = torch.zeros(len(batch), device=policy.family.device)
-        for k in range(draws):
-            t = ((k + (batch.t.float() + 0.5) / total) * total / draws).long().clamp(max=total - 1)
-            errors = []
-            for x0, conditioning in (
-                (batch.chosen, batch.chosen_conditioning),
-                (batch.rejected, batch.rejected_conditioning),
-            ):
-                ours, reference = policy.errors(x0, batch.noise, t, conditioning)
-                assert reference is not None, "the reference was asked for"
-                errors.append(reference - ours)
-            margin += errors[0] - errors[1]
-        hits += ((margin > 0).float() + 0.5 * (margin == 0).float()).tolist()
-        progress(len(chunk))
+    objective = dataset.objective
+    first, last = objective.timestep_range(policy.num_timesteps)
+    sizes = dataset.data.target_sizes
+    hits: list[float] = []
+    with sampling_mode(policy.bare, adapters=True):
+        for size in sorted({sizes[index] for index in indices}):
+            group = [index for index in indices if sizes[index] == size]
+            for start in range(0, len(group), batch_size):
+                chunk = [dataset.example(index, 0, keep_prompt=True) for index in group[start : start + batch_size]]
+                progress(len(chunk))
+                chunk = [example for example in chunk if example.p != 0.5]
+                if not chunk:
+                    continue
+                batch = collate(chunk).to(policy.family.device)
+                place = (batch.t.double() - first + 0.5) / (last - first + 1)  # in (0, 1), another one for every pair
+                margin = torch.zeros(len(batch), device=policy.family.device)
+                for k in range(draws):
+                    t = (first + (k + place) / draws * (last - first + 1)).long().clamp(first, last)
+                    latents, noise, _, conditioning = batch.stacked()
+                    ours, reference = policy.errors(
+                        latents,
+                        noise,
+                        torch.cat([t, t]),
+                        conditioning,
+                        space=objective.error_space,
+                        reduction=objective.error_reduction,
+                    )
+                    assert reference is not None, "the reference was asked for"
+                    gain_w, gain_l = (reference - ours).chunk(2)
+                    margin += gain_w - gain_l
+                hits += ((margin > 0).float() + 0.5 * (margin == 0).float()).tolist()
     return statistics.bootstrap_rate(hits) if hits else None

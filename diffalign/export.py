@@ -235,6 +235,11 @@ def find_file(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such adapter; expected a .safetensors file or a run folder with {FILE_NAME}")
     if (path / FILE_NAME).is_file():
         return path / FILE_NAME
+    if (path / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{path} is a training checkpoint, whose alpha is in its manifest; write adapter files from it with "
+            f"'diffalign export RUN --adapter {path.name} --out FOLDER'"
+        )
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "no .safetensors file"

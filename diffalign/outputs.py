@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.utils import save_image
 
 from diffalign import evaluate, export, plugins
 from diffalign.config import RunConfig
@@ -19,9 +18,21 @@ from diffalign.files import atomic_write_text
 from diffalign.model_card import write_card
 from diffalign.policy import Policy
 from diffalign.report import write_report
-from diffalign.sampling import Sampler
+from diffalign.sampling import Sampler, save_png
+from diffalign.statistics import Estimate
 
 log = logging.getLogger(__name__)
+
+
+def held_out_result(accuracy: Estimate | None) -> dict[str, Any]:
+    """The keys of `result.json` about held-out pairs."""
+    if accuracy is None:
+        return {}
+    return {
+        "held_out_implicit_acc": accuracy.mean,
+        "held_out_implicit_acc_ci95": [accuracy.ci_low, accuracy.ci_high],
+        "held_out_pairs": accuracy.count,
+    }
 
 
 class Outputs:
@@ -60,7 +71,7 @@ class Outputs:
         names = []
         for i in shown:
             path = folder / f"{i:03d}.png"
-            save_image(images[i], path)
+            save_png(images[i], path)
             names.append(path.relative_to(self.run_dir).as_posix())
         index_path = self.run_dir / "samples" / "index.json"
         index = json.loads(index_path.read_text()) if index_path.is_file() and step else {"files": {}}
@@ -87,36 +98,28 @@ class Outputs:
         files = export.save_lora(
             policy.bare, config.lora, self.run_dir, family=config.model.family, metadata=self._metadata(step)
         )
-        result: dict[str, Any] | None = None
-        if self.sampler is not None:
-            if config.evaluation.at_end:
-                result = self._evaluate(policy, dataset, held_out, step, facts)
-            else:
-                self.sample_grid(step, adapters=True)
+        result = self._held_out(policy, dataset, held_out)
+        if self.sampler is not None and config.evaluation.at_end:
+            evaluation, _, aligned = evaluate.compare(self.sampler, config.evaluation, self.family.device)
+            self.sample_grid(step, adapters=True, images=aligned)
+            atomic_write_text(self.run_dir / "scores.json", json.dumps(evaluation.scores))
+            result = evaluation.headline() | result
+        elif self.sampler is not None:
+            self.sample_grid(step, adapters=True)
+        if result:
+            objective = {"name": plugins.name_of(type(config.objective)), **self.summary}
+            result |= facts | {"objective": objective, "seed": config.seed}
+            atomic_write_text(self.run_dir / "result.json", json.dumps(result, indent=1))
         names = {kind: path.name for kind, path in files.items()}
-        write_card(self.run_dir, config, result, names, latent_elements=self.latent_elements)
+        write_card(self.run_dir, config, result or None, names, latent_elements=self.latent_elements)
         report = write_report(self.run_dir)
         log.info("adapter %s; report %s", files["diffusers"], report)
-        return result
+        return result or None
 
-    def _evaluate(
-        self, policy: Policy, dataset: PairMicroBatches, held_out: Sequence[int], step: int, facts: dict[str, Any]
-    ) -> dict[str, Any]:
-        assert self.sampler is not None, "evaluation needs prompts"
-        evaluation, _, aligned = evaluate.compare(self.sampler, self.config.evaluation, self.family.device)
-        self.sample_grid(step, adapters=True, images=aligned)
-        result = {**evaluation.headline(), **facts}
-        if held_out and self.config.objective.uses_reference:
-            accuracy = evaluate.held_out_accuracy(policy, dataset, held_out)
-            if accuracy is not None:
-                result["held_out_implicit_acc"] = accuracy.mean
-                result["held_out_implicit_acc_ci95"] = [accuracy.ci_low, accuracy.ci_high]
-                result["held_out_pairs"] = accuracy.count
-        result["objective"] = {"name": plugins.name_of(type(self.config.objective)), **self.summary}
-        result["seed"] = self.config.seed
-        atomic_write_text(self.run_dir / "scores.json", json.dumps(evaluation.scores))
-        atomic_write_text(self.run_dir / "result.json", json.dumps(result, indent=1))
-        return result
+    def _held_out(self, policy: Policy, dataset: PairMicroBatches, held_out: Sequence[int]) -> dict[str, Any]:
+        if not held_out or not self.config.objective.uses_reference:
+            return {}
+        return held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
 
     def _metadata(self, step: int) -> dict[str, str]:
         metadata = {

@@ -21,20 +21,17 @@ SCHEDULES = (
     "polynomial",
     "constant",
     "constant_with_warmup",
-    "piecewise_constant",
 )
 
 
-def check(config: RunConfig, *, num_processes: int = 1) -> None:
+def check(config: RunConfig) -> None:
     """Refuse what cannot run.
 
     Raises:
         UserError: the first problem found.
     """
-    from diffalign import rewards
     from diffalign.adapters import check_lora
     from diffalign.data.prompts import load_prompts
-    from diffalign.families._loading import find_scheduler
 
     family: type[Family] = plugins.find("families", config.model.family)
     family.preflight(config.model)
@@ -43,12 +40,13 @@ def check(config: RunConfig, *, num_processes: int = 1) -> None:
     plugins.find("readers", config.data.format)
     check_lora(config.lora)
     _check_training(config)
-    _check_counts(config)
+    if config.training.attention not in family.attention_backends:
+        raise ConfigError(
+            f"training.attention {config.training.attention!r}: family {config.model.family!r} takes "
+            f"{' or '.join(map(repr, family.attention_backends))} (PyTorch's own attention picks flash where it can)"
+        )
     _check_data(config, family)
-    if config.sampling.scheduler:
-        find_scheduler(config.sampling.scheduler)
-    for name in config.evaluation.rewards:
-        rewards.find(name)
+    check_sampling(config)
     if config.evaluation.at_end:
         if not config.evaluation.prompts:
             raise ConfigError("evaluation.prompts: missing, and evaluation.at_end is true; name a file or a list")
@@ -73,6 +71,17 @@ def _check_training(config: RunConfig) -> None:
             f"training.lr_scheduler {training.lr_scheduler!r}{did_you_mean(training.lr_scheduler, SCHEDULES)} "
             f"Expected one of: {', '.join(SCHEDULES)}"
         )
+    if training.lr_scheduler == "constant" and training.lr_warmup_steps:
+        raise ConfigError(
+            f"training.lr_warmup_steps: got {training.lr_warmup_steps}, but the 'constant' schedule has no warm-up; set "
+            "training.lr_scheduler: constant_with_warmup"
+        )
+    if training.lr_scheduler == "polynomial" and training.learning_rate <= 1e-7:
+        raise ConfigError(
+            f"training.learning_rate: got {training.learning_rate}; the 'polynomial' schedule ends at 1e-7 and must start "
+            "above it"
+        )
+    _check_trackers(training.report_to)
     if training.max_grad_norm < 0:
         raise ConfigError(f"training.max_grad_norm: got {training.max_grad_norm}; expected 0 (no clipping) or more")
     if training.ema_decay is not None and not 0 < training.ema_decay < 1:
@@ -82,6 +91,38 @@ def _check_training(config: RunConfig) -> None:
             "training.dataloader_workers needs the cache: without it images are encoded by the model in the main "
             "process. Set cache.enabled: true or training.dataloader_workers: 0"
         )
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = sorted(LOGGER_TYPE_TO_CLASS)
+            raise ConfigError(
+                f"training.report_to {name!r} is no tracker{did_you_mean(name, known)} Known: {', '.join(known)}"
+            )
+        if name not in available:
+            raise ConfigError(f"training.report_to {name!r} needs its package; install it with: pip install {name}")
+
+
+def check_sampling(config: RunConfig) -> None:
+    """Counts, scheduler and reward names: what sampling and evaluation need, for every command.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    from diffalign import rewards
+    from diffalign.families._loading import find_scheduler
+
+    _check_counts(config)
+    if config.sampling.scheduler:
+        find_scheduler(config.sampling.scheduler)
+    for name in config.evaluation.rewards:
+        rewards.find(name)
 
 
 def _check_counts(config: RunConfig) -> None:

@@ -9,11 +9,10 @@ does not depend on the number of processes, on how it is split into micro-batche
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
-import resource
 import signal
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,8 +20,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -36,8 +33,9 @@ from diffalign.data.pipeline import is_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import ConfigError, MissingExtraError
-from diffalign.families import NETWORK, load_family
+from diffalign.families import NETWORK
 from diffalign.files import atomic_write_text
+from diffalign.hardware import configure_network, make_accelerator, memory_gb, open_family, resolve_auto
 from diffalign.health import Monitor, require_finite
 from diffalign.metrics import MetricsFile, StepMetrics
 from diffalign.outputs import Outputs
@@ -47,7 +45,6 @@ from diffalign.sampling import Sampler
 from diffalign.stopping import StopRequest
 
 log = logging.getLogger(__name__)
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +73,14 @@ def train(config: RunConfig) -> TrainResult:
     # -- Setup ---------------------------------------------------------------------------------------------------
     training, objective = config.training, config.objective
     accelerator = make_accelerator(training, config.output_dir)
-    preflight.check(config, num_processes=accelerator.num_processes)
+    preflight.check(config)
     config = resolve_auto(config, accelerator)
     training = config.training
     run_dir = Path(config.output_dir)
     resume_path = checkpoint.find(run_dir, training.resume_from_checkpoint)
     resumed = checkpoint.load(resume_path, config) if resume_path else None
-    device, dtype = accelerator.device, DTYPES[training.mixed_precision]
-    vae_dtype = torch.float32 if config.cache.encode_dtype is None else getattr(torch, config.cache.encode_dtype)
-    family = load_family(config.model, device=device, dtype=dtype, vae_dtype=vae_dtype)
+    device = accelerator.device
+    family = open_family(config, accelerator)
     if accelerator.is_main_process:
         atomic_write_text(run_dir / "config.yaml", dump(config))
         atomic_write_text(run_dir / "environment.json", json.dumps(describe_environment(), indent=1))
@@ -99,6 +95,20 @@ def train(config: RunConfig) -> TrainResult:
     sizes = prepared.data.target_sizes
     assert training.train_batch_size != "auto", "resolve_auto has chosen"
     plan = BatchPlan(kept, [sizes[i] for i in kept], training.train_batch_size, config.seed)
+    effective = training.train_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
+    identity = {
+        "effective_batch": effective,
+        "micro_batch": training.train_batch_size if len(plan.groups) > 1 else None,
+        "pairs": len(kept),
+        "prompts": hashlib.sha256("\n".join(prepared.data.prompts[i] for i in kept).encode()).hexdigest()[:16],
+    }
+    if resumed is not None:
+        checkpoint.check_identity(resumed, identity)
+    if objective.timestep_min >= family.schedule.num_timesteps:
+        raise ConfigError(
+            f"objective.timestep_min: got {objective.timestep_min}; the model has timesteps 0 to "
+            f"{family.schedule.num_timesteps - 1}"
+        )
     dataset = PairMicroBatches(prepared.data, plan, objective, family, config.seed)
     autocast = accelerator.autocast if training.mixed_precision != "no" else nullcontext
     prompts = (
@@ -140,7 +150,6 @@ def train(config: RunConfig) -> TrainResult:
 
     # -- What this run is, in numbers ----------------------------------------------------------------------------
     accumulation, world = training.gradient_accumulation_steps, accelerator.num_processes
-    effective = training.train_batch_size * accumulation * world
     elements = dataset.example(kept[0], 0).noise.numel()
     summary = objective.summary(elements)
     log.info(
@@ -171,12 +180,12 @@ def train(config: RunConfig) -> TrainResult:
     rows = MetricsFile(run_dir / "metrics.jsonl", resume_step=step) if accelerator.is_main_process else None
     accelerator.init_trackers("diffalign", config={"objective": objective.title, "effective_batch": effective})
     rank = accelerator.process_index
-    first = step * accumulation
-    numbers = range(first * world + rank, training.max_train_steps * accumulation * world, world)
+    first = step * effective // training.train_batch_size
+    numbers = range(first + rank, training.max_train_steps * accumulation * world, world)
     batches = micro_batches(dataset, numbers, training.dataloader_workers)
     last_checkpoint = str(resumed.path) if resumed else None
     seconds_before = resumed.manifest["train_seconds"] if resumed else 0.0
-    started = time.perf_counter()
+    started, busy, first_step = time.perf_counter(), 0.0, step
 
     def save_checkpoint() -> str:
         """Write a checkpoint of the state after `step` steps (main process)."""
@@ -190,6 +199,7 @@ def train(config: RunConfig) -> TrainResult:
             state["scaler"] = accelerator.scaler.state_dict()
         extra = {
             "objective": summary,
+            "identity": identity,
             "samples": step * effective,
             "train_seconds": seconds_before + time.perf_counter() - started,
         }
@@ -220,6 +230,7 @@ def train(config: RunConfig) -> TrainResult:
 
             row = metrics.reduce()
             seconds = time.perf_counter() - tick
+            busy += seconds
             row |= {
                 "step": step,
                 "samples": step * effective,
@@ -271,7 +282,7 @@ def train(config: RunConfig) -> TrainResult:
                     "steps": step,
                     "pairs": len(kept),
                     "effective_batch": effective,
-                    "seconds_per_step": train_seconds / step,
+                    "seconds_per_step": busy / max(1, step - first_step),
                     "train_seconds": train_seconds,
                     "lora_parameters": count,
                 },
@@ -284,75 +295,6 @@ def end(accelerator: Accelerator) -> None:
     """Wait for the other processes and close the trackers."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def make_accelerator(training: TrainingConfig, output_dir: str) -> Accelerator:
-    """Device, processes, mixed precision and CPU threads."""
-    if training.threads:
-        torch.set_num_threads(training.threads)
-    # accelerate keeps the precision of a process's first run; a second run in the same process may want another.
-    AcceleratorState._reset_state()
-    try:
-        return Accelerator(
-            mixed_precision=training.mixed_precision,
-            cpu=training.cpu or None,  # type: ignore[arg-type]
-            log_with=list(training.report_to) or None,
-            project_dir=output_dir,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
-            step_scheduler_with_optimizer=False,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"training.mixed_precision {training.mixed_precision!r}: {str(error).splitlines()[0]} "
-            "Use 'no', or 'bf16' where the device has it"
-        ) from error
-
-
-def resolve_auto(config: RunConfig, accelerator: Accelerator) -> RunConfig:
-    """Replace `auto` batch size and checkpointing by what fits the device; the effective batch stays as configured."""
-    training = config.training
-    if "auto" not in (training.train_batch_size, training.gradient_checkpointing):
-        return config
-    if accelerator.device.type != "cuda":
-        choice: tuple[int, bool] = (1, False)
-    else:
-        from diffalign.plan import choose_micro_batch
-
-        choice = choose_micro_batch(config, torch.cuda.get_device_properties(accelerator.device).total_memory)
-    batch, checkpointing = choice
-    changes: dict[str, Any] = {"train_batch_size": batch, "gradient_checkpointing": checkpointing}
-    if training.train_batch_size == "auto":
-        # Accumulation was given for a micro-batch of one; larger micro-batches need fewer of them.
-        if training.gradient_accumulation_steps % batch:
-            batch = max(b for b in range(1, batch + 1) if training.gradient_accumulation_steps % b == 0)
-        changes |= {
-            "train_batch_size": batch,
-            "gradient_accumulation_steps": training.gradient_accumulation_steps // batch,
-        }
-    else:
-        changes["train_batch_size"] = training.train_batch_size
-    log.info("chosen for this device: %s", ", ".join(f"{k} {v}" for k, v in changes.items()))
-    return dataclasses.replace(config, training=dataclasses.replace(training, **changes))
-
-
-def configure_network(network: Any, training: TrainingConfig) -> None:
-    """Checkpointing, attention backend, memory format and compilation, all through diffusers."""
-    if training.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    if training.attention == "xformers":
-        try:
-            network.enable_xformers_memory_efficient_attention()
-        except (ImportError, ModuleNotFoundError) as error:
-            raise MissingExtraError("xformers", "xformers", "training.attention=xformers") from error
-    elif training.attention != "default":
-        try:
-            network.set_attention_backend(training.attention)
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise ConfigError(f"training.attention {training.attention!r}: {str(error).splitlines()[0]}") from error
-    if training.channels_last:
-        network.to(memory_format=torch.channels_last)
-    if training.compile:
-        network.compile_repeated_blocks()
 
 
 def make_optimizer(params: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
@@ -406,11 +348,3 @@ def stop_requested(stop: StopRequest, accelerator: Accelerator) -> bool:
         return stop.signal is not None
     flag = torch.tensor([float(stop.signal is not None)], device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: of the accelerator, or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9

@@ -194,9 +194,11 @@ def tiny_config(request: pytest.FixtureRequest) -> TinyConfig:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerate_state() -> Iterator[None]:
-    """accelerate keeps its device and precision for the whole process, once it has been asked."""
+def _fresh_process_state() -> Iterator[None]:
+    """A run sets torch's threads, and accelerate keeps its device and precision, for the whole process."""
     yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 

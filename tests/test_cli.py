@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import logging
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 
 from diffalign import __version__, checkpoint, cli, files
 from diffalign.cli import main
-from diffalign.config import ModelConfig, RunConfig, build, dump, load_config
+from diffalign.config import ModelConfig, RunConfig, dump, load_config
 from diffalign.errors import ConfigError, UserError
 from diffalign.families import NETWORK, load_family
 from diffalign.trainer import TrainResult
@@ -316,12 +318,6 @@ def test_wrong_words(argv: list[str], message: str, capsys: pytest.CaptureFixtur
     assert message in capsys.readouterr().err
 
 
-def test_a_run_folder_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.yaml").write_text("x")
-    assert cli.config_path(str(tmp_path)) == tmp_path / "config.yaml"
-    assert cli.config_path("demo_dpo") == Path("demo_dpo")
-
-
 def test_how_a_stopped_run_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -465,11 +461,11 @@ def test_generate_from_the_base(write: Callable[..., Path], tmp_path: Path, caps
     assert len(contents) == 4
 
 
-def test_a_config_written_by_a_run_plans_the_same(tmp_path: Path, tiny_config: TinyConfig) -> None:
+def test_a_run_folder_is_a_config_and_stays_one_when_it_is_moved(tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = tiny_config(tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(dump(config))
-    assert load_config(cli.config_path(str(tmp_path / "run"))) == config
-    assert (
-        build({"output_dir": "x", "model": {"family": "sd", "pretrained": "y"}, "objective": {"name": "dpo"}}) != config
-    )
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "config.yaml").write_text(dump(config))
+    args = argparse.Namespace(config=str(tmp_path / "moved"), overrides=[])
+    assert cli.read_config(args) == replace(config, output_dir=str(tmp_path / "moved"))
+    args = argparse.Namespace(config="demo_dpo", overrides=["seed=7"])
+    assert cli.read_config(args).seed == 7

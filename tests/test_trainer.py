@@ -257,6 +257,98 @@ def test_a_used_folder_and_another_config_are_refused(run):
         run("used", training__resume_from_checkpoint="latest", objective={"name": "dpo", "beta_dpo": 100.0})
 
 
+def test_a_run_moves_to_other_hardware_but_not_to_another_effective_batch(run):
+    run("moved", training__max_train_steps=2)
+    whole = run("whole", training__max_train_steps=4)
+    split = {"training__train_batch_size": 2, "training__gradient_accumulation_steps": 2}
+    moved = run("moved", training__max_train_steps=4, training__resume_from_checkpoint="latest", **split)
+    assert_near(adapter_of(whole.run_dir), adapter_of(moved.run_dir))
+    with pytest.raises(UserError, match=r"effective batch was 4, is 8; set gradient_accumulation_steps"):
+        run("moved", training__train_batch_size=8, training__resume_from_checkpoint="latest")
+
+
+def test_resuming_on_other_pairs_is_refused(run, sources, tmp_path):
+    run("pairs", training__max_train_steps=1)
+    again = {"training__resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match=r"evaluation.held_out_fraction was 0.0, is 0.3"):
+        run("pairs", **again, evaluation__held_out_fraction=0.3)
+    import shutil
+
+    import pyarrow.parquet as pq
+
+    shutil.copytree(sources[1], tmp_path / "fewer")
+    (file,) = (tmp_path / "fewer").glob("**/*.parquet")
+    table = pq.read_table(file)
+    pq.write_table(table.slice(0, len(table) - 2), file)
+    with pytest.raises(UserError, match=r"pairs was \d+, is \d+; the training pairs must be the same"):
+        run("pairs", **again, data__sources=[str(tmp_path / "fewer")], cache__dir=None)
+
+
+def test_a_checkpoint_used_as_an_adapter_keeps_alpha_and_the_average(run):
+    from diffalign import export
+    from diffalign.adapters import delta_weights
+    from diffalign.commands import load_adapter
+    from diffalign.config import load_config
+    from diffalign.errors import CheckpointError
+    from diffalign.families import NETWORK, load_family
+
+    result = run(lora={"rank": 4, "alpha": 16.0}, training__ema_decay=0.5, training__max_train_steps=3)
+    config = load_config(result.run_dir / "config.yaml")
+    deltas = []
+    for path in (result.run_dir, checkpoint.folder_for(result.run_dir, 3)):
+        family = load_family(config.model)
+        family.load(NETWORK)
+        load_adapter(family, config, path)
+        deltas.append(delta_weights(family.network))
+    for name in deltas[0]:
+        torch.testing.assert_close(deltas[0][name], deltas[1][name])
+    with pytest.raises(CheckpointError, match="diffalign export"):
+        export.load_lora(family.network, checkpoint.folder_for(result.run_dir, 3), family="sdxl")
+
+
+def test_held_out_accuracy_works_with_several_image_sizes_and_without_prompts(tmp_path, sources):
+    import io
+    import random
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    def jpeg(width: int, height: int, seed: int) -> bytes:
+        image = Image.effect_noise((width, height), 40 + seed).convert("RGB")
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG")
+        return buffer.getvalue()
+
+    rng = random.Random(0)
+    rows = [
+        {
+            "caption": f"thing {i}",
+            "jpg_0": jpeg(*size, i),
+            "jpg_1": jpeg(*size, i + 20),
+            "label_0": float(i % 2),
+            "label_1": 1.0 - i % 2,
+            "has_label": True,
+        }
+        for i, size in enumerate([rng.choice([(64, 64), (48, 96), (96, 48)]) for _ in range(24)])
+    ]
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "train-00000-of-00001.parquet")
+    tree = config_tree(
+        tmp_path / "run",
+        sources[0],
+        tmp_path / "data",
+        data__resolution=64,
+        data__buckets=True,
+        training__max_train_steps=2,
+        evaluation={"held_out_fraction": 0.4},
+    )
+    result = train(build(tree)).result
+    assert result is not None
+    assert result["held_out_pairs"] + result["pairs"] == 24
+    assert "metric" not in result
+
+
 def test_ema_is_what_is_exported(run):
     result = run(training__ema_decay=0.5, training__max_train_steps=3)
     last = adapter_of(result.run_dir)

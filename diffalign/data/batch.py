@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -56,25 +56,19 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """A copy on another device."""
+        return self._map(lambda value: value.to(device, non_blocking=True))
 
-        def move(value: Tensor) -> Tensor:
-            return value.to(device, non_blocking=True)
+    def pin_memory(self) -> PairBatch:
+        """A copy in page-locked memory; called by the data loader."""
+        return self._map(lambda value: value.pin_memory())
 
-        def move_all(values: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {k: move(v) for k, v in values.items()}
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        def each(value: object) -> object:
+            if isinstance(value, Tensor):
+                return change(value)
+            return {k: change(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-        return replace(
-            self,
-            chosen=move(self.chosen),
-            rejected=move(self.rejected),
-            text=move_all(self.text),
-            chosen_image=move_all(self.chosen_image),
-            rejected_image=move_all(self.rejected_image),
-            p=move(self.p),
-            weight=move(self.weight),
-            t=move(self.t),
-            noise=move(self.noise),
-        )
+        return PairBatch(**{f.name: each(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
     @property
     def chosen_conditioning(self) -> dict[str, Tensor]:

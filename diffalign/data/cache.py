@@ -2,10 +2,10 @@
 
 Layout of a cache folder:
 
-    manifest.json            fingerprint of everything that determines the contents, and whether it is complete
+    manifest.json            fingerprint of everything that determines the contents, source, and whether it is complete
     pairs-<name>.parquet     rows: id, order, prompt, image keys, p, weight, user, sizes
     images-<name>.safetensors    latents by image key            (written before their parquet file)
-    prompts-<name>.safetensors   text conditioning, `<prompt key>/<tensor name>`
+    prompts-<name>.safetensors   text conditioning, `<prompt key>/<tensor name>`; never written twice
     data_report.json         what was read, kept, skipped and why
 
 A shard's parquet file appears last and by an atomic rename, so that it stands for a complete shard; anything else in
@@ -14,9 +14,7 @@ the folder is left over from a kill and is written again. Building with several 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
 import os
 from collections import OrderedDict
@@ -31,32 +29,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffalign.config import DataConfig, RunConfig, to_tree
+from diffalign.config import RunConfig
 from diffalign.data.encode import (
     EncodedPair,
+    Prepared,
     PreparedPair,
     Preparer,
+    Quota,
     encode_images,
     encode_prompts,
     is_pair,
     note_truncation,
+    overflow_advice,
     prepare_all,
     prompt_key,
 )
-from diffalign.data.prompts import load_prompts, normalised
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.errors import DataError
 from diffalign.families import Family
-from diffalign.files import atomic_write_text, free_bytes, sha256
+from diffalign.files import free_bytes
 
 log = logging.getLogger(__name__)
-VERSION = 1
-# Keys of the data section that do not change what a cached pair is.
-NEUTRAL_DATA_KEYS = ("keep_downloads", "max_disk_gb", "max_unusable", "sources")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 OPEN_FILES = 48
-
+EARLY_PAIRS = 32  # encoded pairs after which a VAE that overflows is told from a few odd images
 
 SCHEMA = pa.schema(
     [
@@ -70,68 +67,6 @@ SCHEMA = pa.schema(
         ("geometry", pa.list_(pa.int32(), 10)),  # two original sizes, two crops, the target size
     ]
 )
-
-
-def fingerprint(config: RunConfig, family: Family) -> dict[str, Any]:
-    """Everything that determines a cache's contents, except the source's files."""
-    data = {k: v for k, v in to_tree(config.data).items() if k not in NEUTRAL_DATA_KEYS}
-    cache = {"dtype": config.cache.dtype, "encode_dtype": str(family.vae_dtype).removeprefix("torch.")}
-    random = config.data.crop == "random" or config.data.flip
-    return {
-        "version": VERSION,
-        "family": config.model.family,
-        "encoders": family.fingerprint() | {"text_dtype": str(family.dtype).removeprefix("torch.")},
-        "data": data | _named_files(config.data),
-        "cache": cache,
-        "seed": config.seed if random or config.data.world_pairs else None,
-    }
-
-
-def _named_files(data: DataConfig) -> dict[str, str]:
-    """Hashes of the files that the data section names as rules: what they say decides which pairs are there."""
-    found = {}
-    if data.filter:
-        file = Path(data.filter.rpartition(":")[0]).expanduser()
-        found["filter_file"] = sha256(file) if file.is_file() else "missing"
-    if data.exclude_prompts:
-        prompts = sorted({normalised(prompt) for spec in data.exclude_prompts for prompt in load_prompts(spec)})
-        found["excluded_prompts"] = hashlib.sha256("\n".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()
-    return found
-
-
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    elif old != new:
-        yield f"{where} was {old!r}, is {new!r}"
-
-
-def check_manifest(folder: Path, wanted: dict[str, Any], source: str | None) -> dict[str, Any] | None:
-    """The manifest of an existing cache, or None if there is none.
-
-    Raises:
-        DataError: the cache was made with other settings, from other files, or is unreadable.
-    """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        found = manifest["fingerprint"]
-    except (ValueError, KeyError) as error:
-        raise DataError(
-            f"cache {folder}: manifest.json is not readable; delete the folder to build it again"
-        ) from error
-    differences = list(_differences(found, json.loads(json.dumps(wanted))))
-    if source is not None and manifest.get("source") not in (None, source):
-        differences.append("the source's files have changed")
-    if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        raise DataError(
-            f"cache {folder} is stale: {'; '.join(differences[:3])}{more}. Delete it, or name another cache.dir"
-        )
-    return manifest
 
 
 class CacheBuilder:
@@ -159,8 +94,14 @@ class CacheBuilder:
         self.rank, self.world, self.progress = rank, world, progress
         self.dtype = DTYPES[config.cache.dtype]
         self.done, self.known_prompts = set[str](), set[str]()
-        self._pending: list[tuple[int, PreparedPair]] = []
-        self._made = 0
+        limit = config.data.max_pairs
+        self._quota = Quota() if limit is None else Quota(limit // world + (rank < limit % world))
+        self._made = self._settled = self._overflowed = 0
+        # Of the shard under way: what waits for the VAE, latents in the storage type (None: not finite), finished rows.
+        self._waiting: list[tuple[int, PreparedPair]] = []
+        self._queue: dict[tuple[int, ...], dict[str, Prepared]] = {}
+        self._latents: dict[str, Tensor | None] = {}
+        self._rows: list[dict[str, Any]] = []
         cached_prompts: dict[str, None] = {"": None}
         for table in tables(folder):
             self.done.update(table.column("id").to_pylist())
@@ -171,65 +112,135 @@ class CacheBuilder:
         self._missing_prompts = [p for p in cached_prompts if prompt_key(p) not in self.known_prompts]
 
     def build(self, records: Iterator[Record], report: DataReport) -> int:
-        """Encode all records of this process; returns how many pairs the cache holds from it now."""
+        """Encode this process's share; returns how many pairs the cache holds as far as this process knows.
+
+        `data.max_pairs` counts pairs that came out: one with an unusable image is replaced by the next. With several
+        processes each takes its share of the number.
+
+        Args:
+            records: of all processes; closed by the caller, since it need not be read to the end.
+            report: receives what cannot be used.
+
+        Raises:
+            DataError: no space is left, or most latents are not finite.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             for path in self.folder.glob("prompts-*.safetensors"):
                 if _prompt_names(path) is None:
                     path.unlink()
             if self._missing_prompts:
-                self._write_prompts(self._free("prompts-", "extra-{:05d}", ".safetensors"), self._missing_prompts)
+                self._write_prompts("extra-00000", self._missing_prompts)
         self.known_prompts.update(prompt_key(prompt) for prompt in self._missing_prompts)
         numbered = enumerate(record for record in records if is_pair(record))
         mine = ((order, record) for order, record in numbered if order % self.world == self.rank)
         todo: dict[str, int] = {}
 
-        def fresh() -> Iterator[Record]:
+        def fresh() -> Iterator[Record | None]:
             for order, record in mine:
                 if record.id not in self.done:
                     todo[record.id] = order
                     yield record
                 else:  # a resumed build accounts for what an earlier one has encoded, too
                     note_truncation(self.family, record, report)
+                    yield None
 
         preparer = Preparer(self.config.data, self.config.seed, self.family.resolution_step)
-        for pair in prepare_all(fresh(), preparer, report, self.config.cache.workers):
-            note_truncation(self.family, pair.record, report)
-            self._pending.append((todo.pop(pair.record.id), pair))
-            if len(self._pending) >= self.config.cache.shard_size:
-                self._flush()
+        left = fresh()
+        while True:
+            for pair in prepare_all(left, preparer, report, self.config.cache.workers, self._quota):
+                self._add(todo.pop(pair.record.id), pair, report)
+            if not self._waiting:
+                break
+            self._settle(report)  # what fails here is given back to the quota
         self._flush()
+        self._check_overflow(at_least=1)
         return len(self.done)
 
+    def _add(self, order: int, pair: PreparedPair, report: DataReport) -> None:
+        """Queue a pair; full batches are encoded at once, so that few images are ever held."""
+        self._waiting.append((order, pair))
+        encoded = False
+        for image in pair.images:
+            if image.key in self._latents:
+                continue
+            queue = self._queue.setdefault(tuple(image.pixels.shape), {})
+            queue[image.key] = image
+            if len(queue) >= self.config.cache.batch_size:
+                self._encode(queue)
+                encoded = True
+        # Batches end with the shard: a resumed build makes the same ones.
+        if len(self._rows) + len(self._waiting) >= self.config.cache.shard_size:
+            self._settle(report)
+            if len(self._rows) >= self.config.cache.shard_size:
+                self._flush()
+        elif encoded:
+            self._take_encoded(report)
+
+    def _encode(self, queue: dict[str, Prepared]) -> None:
+        encoded = encode_images(self.family, list(queue.values()), self.config.cache.batch_size)
+        queue.clear()
+        for key, latent in encoded.items():
+            stored = latent.to(self.dtype)
+            self._latents[key] = stored if bool(stored.isfinite().all()) else None
+
+    def _settle(self, report: DataReport) -> None:
+        """Encode everything that waits, in batches of whatever is there."""
+        for queue in self._queue.values():
+            self._encode(queue)
+        self._take_encoded(report)
+
+    def _take_encoded(self, report: DataReport) -> None:
+        """Turn waiting pairs with both latents into rows; leave out those of which one is not finite."""
+        waiting, self._waiting = self._waiting, []
+        for order, pair in waiting:
+            keys = [image.key for image in pair.images]
+            if not all(key in self._latents for key in keys):
+                self._waiting.append((order, pair))
+                continue
+            self._settled += 1
+            if any(self._latents[key] is None for key in keys):
+                self._overflowed += 1
+                self._quota.left += 1
+                report.skip(pair.record, "non_finite_latents", overflow_advice(self.family))
+            else:
+                note_truncation(self.family, pair.record, report)
+                self._rows.append(_row(order, pair))
+        self._check_overflow(at_least=EARLY_PAIRS)
+
+    def _check_overflow(self, at_least: int) -> None:
+        if self._settled >= at_least and 2 * self._overflowed > self._settled:
+            raise DataError(
+                f"cache {self.folder}: {self._overflowed} of {self._settled} pairs have latents that are not finite; "
+                f"{overflow_advice(self.family)}"
+            )
+
     def _flush(self) -> None:
-        if not self._pending:
+        """Write the shard under way."""
+        if not self._rows:
+            self._latents.clear()
             return
         # The first free number: a shard that was deleted because it was damaged leaves a gap.
         name = self._free("pairs-", f"r{self.rank}-{{:05d}}", ".parquet")
-        pairs = [pair for _, pair in self._pending]
-        latents = encode_images(
-            self.family, [image for pair in pairs for image in pair.images], self.config.cache.batch_size
-        )
-        size = sum(latent.numel() for latent in latents.values()) * self.dtype.itemsize
+        used = {key for row in self._rows for key in row["image_keys"]}
+        latents = {key: value for key, value in self._latents.items() if value is not None and key in used}
+        size = sum(latent.nbytes for latent in latents.values())
         if free_bytes(self.folder) < 2 * size + (64 << 20):
             raise DataError(
                 f"cache {self.folder}: no space left for the next shard ({size / 1e6:.0f} MB); free some, name another "
                 "cache.dir, or set data.max_pairs. What is cached is kept, and the build goes on from there"
             )
-        _save({key: value.to(self.dtype) for key, value in latents.items()}, self.folder / f"images-{name}.safetensors")
-        prompts = [
-            p for p in dict.fromkeys(pair.record.prompt for pair in pairs) if prompt_key(p) not in self.known_prompts
-        ]
-        if prompts:
+        _save(latents, self.folder / f"images-{name}.safetensors")
+        distinct = dict.fromkeys(row["prompt"] for row in self._rows)
+        if prompts := [p for p in distinct if prompt_key(p) not in self.known_prompts]:
             self._write_prompts(name, prompts)
-        rows = [_row(order, pair) for order, pair in self._pending]
         temporary = self.folder / f".tmp-pairs-{name}-{os.getpid()}"
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), temporary)
         os.replace(temporary, self.folder / f"pairs-{name}.parquet")
-        self.done.update(pair.record.id for pair in pairs)
-        self.known_prompts.update(prompt_key(prompt) for prompt in prompts)
-        self._made += len(pairs)
-        self._pending.clear()
+        self.done.update(row["id"] for row in self._rows)
+        self._made += len(self._rows)
+        self._rows.clear()
+        self._latents.clear()
         self.progress(self._made)
 
     def _free(self, before: str, pattern: str, after: str) -> str:
@@ -238,13 +249,17 @@ class CacheBuilder:
         return next(name for name in names if not (self.folder / f"{before}{name}{after}").exists())
 
     def _write_prompts(self, name: str, prompts: list[str]) -> None:
+        """Write a new file; one that a kill left under this name holds prompts that count as known, and stays."""
         encoded = encode_prompts(self.family, prompts)
         tensors = {
             f"{prompt_key(prompt)}/{part}": value.to(self.dtype)
             for prompt, conditioning in encoded.items()
             for part, value in conditioning.items()
         }
+        if (self.folder / f"prompts-{name}.safetensors").exists():
+            name = self._free("prompts-", f"{name}-{{}}", ".safetensors")
         _save(tensors, self.folder / f"prompts-{name}.safetensors")
+        self.known_prompts.update(prompt_key(prompt) for prompt in prompts)
 
 
 def _row(order: int, pair: PreparedPair) -> dict[str, Any]:
@@ -278,13 +293,6 @@ def tables(folder: Path) -> Iterator[pa.Table]:
                 f"cache shard {path} is corrupt ({str(error).splitlines()[0]}); delete this file and run again: only "
                 "its pairs are encoded anew"
             ) from error
-
-
-def write_manifest(folder: Path, wanted: dict[str, Any], source: str | None, pairs: int | None) -> None:
-    """Record what a cache holds: before the first shard (`pairs` None) and after the last (their number)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = {"fingerprint": wanted, "source": source, "pairs": pairs}
-    atomic_write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 class LatentCache:

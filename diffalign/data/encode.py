@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ class Prepared:
 
     Attributes:
         key: hash of its bytes and of everything done to it; equal keys mean equal latents.
-        pixels: RGB in [-1, 1], (3, H, W).
+        pixels: uint8 RGB, (3, H, W): a quarter of the memory while an image waits for the VAE.
         original_size, crop_top_left, target_size: (height, width) or (top, left) in pixels.
     """
 
@@ -103,29 +105,54 @@ class Preparer:
             done = transform(image, size, crop=self.config.crop, flip=flip, generator=generator)
             settings = f"{size} {done.crop_top_left} {flip}"
             key = hashlib.sha256(hashlib.sha256(data).digest() + settings.encode()).hexdigest()[:24]
-            prepared.append(Prepared(key, done.pixels, done.original_size, done.crop_top_left, done.target_size))
+            pixels = done.pixels.add(1).mul_(127.5).round_().to(torch.uint8)  # exact: they come from bytes
+            prepared.append(Prepared(key, pixels, done.original_size, done.crop_top_left, done.target_size))
         return PreparedPair(record, (prepared[0], prepared[1]))
 
 
+@dataclass
+class Quota:
+    """How many more pairs may be begun; what turns out unusable is given back, so that another takes its place."""
+
+    left: float = math.inf
+
+
 def prepare_all(
-    records: Iterator[Record], preparer: Preparer, report: DataReport, workers: int
+    records: Iterator[Record | None], preparer: Preparer, report: DataReport, workers: int, quota: Quota
 ) -> Iterator[PreparedPair]:
-    """Prepare in threads, in order, skipping and reporting what cannot be used."""
+    """Prepare in threads, in order, skipping and reporting what cannot be used.
+
+    Ends when the records do, or when the quota is used up by pairs that all came out. It may be called again on the
+    same records after some of those were given back.
+
+    Args:
+        records: read no further than the quota allows; None stands for one that counts and needs no preparation.
+        preparer: decodes and transforms.
+        report: receives what cannot be used.
+        workers: threads; up to four pairs for each are held.
+        quota: one less for every record taken, one more for every one that cannot be used.
+    """
+    ahead, ended = 4 * max(1, workers), False
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        window: list[Future[PreparedPair | Unusable]] = []
-        for record in records:
-            window.append(pool.submit(preparer, record))
-            if len(window) > 4 * max(1, workers):
-                yield from _usable(window.pop(0).result(), report)
-        for future in window:
-            yield from _usable(future.result(), report)
-
-
-def _usable(result: PreparedPair | Unusable, report: DataReport) -> Iterator[PreparedPair]:
-    if isinstance(result, PreparedPair):
-        yield result
-    else:
-        report.skip(result.record, result.reason, result.detail)
+        window: deque[Future[PreparedPair | Unusable]] = deque()
+        while True:
+            while not ended and quota.left >= 1 and len(window) < ahead:
+                try:
+                    record = next(records)
+                except StopIteration:
+                    ended = True
+                    break
+                quota.left -= 1
+                if record is not None:
+                    window.append(pool.submit(preparer, record))
+            if not window:
+                return
+            result = window.popleft().result()
+            if isinstance(result, PreparedPair):
+                yield result
+            else:
+                quota.left += 1
+                report.skip(result.record, result.reason, result.detail)
 
 
 def encode_images(family: Family, images: list[Prepared], batch_size: int) -> dict[str, Tensor]:
@@ -139,7 +166,8 @@ def encode_images(family: Family, images: list[Prepared], batch_size: int) -> di
         unique = list({image.key: image for image in group}.values())
         for start in range(0, len(unique), batch_size):
             chunk = unique[start : start + batch_size]
-            encoded = family.encode_images(torch.stack([image.pixels for image in chunk])).cpu()
+            pixels = torch.stack([image.pixels for image in chunk]).float().div_(127.5).sub_(1.0)
+            encoded = family.encode_images(pixels).cpu()
             latents |= {image.key: latent for image, latent in zip(chunk, encoded, strict=True)}
     return latents
 
@@ -163,6 +191,12 @@ def note_truncation(family: Family, record: Record, report: DataReport) -> None:
         report.note("truncated_prompt", f"{tokens} tokens, the encoder takes {limit}", record)
 
 
+def overflow_advice(family: Family) -> str:
+    """What to do about latents with infinities or NaN."""
+    dtype = str(family.vae_dtype).removeprefix("torch.")
+    return f"the VAE computes in {dtype}: set cache.encode_dtype=float32, or name an fp16-safe VAE in model.vae"
+
+
 def prompt_key(prompt: str) -> str:
     """Stable key of a prompt's embedding."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:24]
@@ -182,14 +216,25 @@ class LivePairs:
         family: its encoders are loaded again whenever something else has dropped them.
         report: takes what is left out.
         workers: decoding threads for the first check.
+        limit: stop after so many usable pairs; None takes all.
+
+    Raises:
+        DataError: no usable pair is left.
     """
 
     def __init__(
-        self, records: Iterator[Record], preparer: Preparer, family: Family, report: DataReport, workers: int = 2
+        self,
+        records: Iterator[Record],
+        preparer: Preparer,
+        family: Family,
+        report: DataReport,
+        workers: int = 2,
+        limit: int | None = None,
     ) -> None:
         self.preparer, self.family = preparer, family
         pairs = (record for record in records if is_pair(record))
-        self.records = [pair.record for pair in prepare_all(pairs, preparer, report, workers)]
+        quota = Quota() if limit is None else Quota(limit)
+        self.records = [pair.record for pair in prepare_all(pairs, preparer, report, workers, quota)]
         if not self.records:
             raise DataError(f"no usable pair is left: {report.summary()}. {report.example()}")
         for record in self.records:
@@ -214,13 +259,19 @@ class LivePairs:
         return self._texts[prompt]
 
     def pair(self, index: int) -> EncodedPair:
-        """Decode and encode one pair, in the record's own order."""
+        """Decode and encode one pair, in the record's own order.
+
+        Raises:
+            DataError: an image is gone, or its latents are not finite.
+        """
         record = self.records[index]
         prepared = self.preparer(record)
         if not isinstance(prepared, PreparedPair):
             raise DataError(f"record {record.id} could be decoded at the start and cannot now: {prepared.detail}")
         a, b = prepared.images
         latents = encode_images(self.family, [a, b], batch_size=2)
+        if not all(bool(latent.isfinite().all()) for latent in latents.values()):
+            raise DataError(f"record {record.id}: its latents are not finite; {overflow_advice(self.family)}")
         assert record.p is not None, "records without a label were left out"
         return EncodedPair(
             id=record.id,

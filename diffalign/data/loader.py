@@ -111,8 +111,8 @@ class PairMicroBatches(Dataset[PairBatch]):
     def __getitem__(self, k: int) -> PairBatch:
         return collate([self.example(index, visit) for index, visit in self.plan.micro_batch(k)])
 
-    def example(self, index: int, visit: int) -> PairExample:
-        """One pair, chosen first, with its timestep and noise for this visit."""
+    def example(self, index: int, visit: int, *, keep_prompt: bool = False) -> PairExample:
+        """One pair, chosen first, with its timestep and noise for this visit; `keep_prompt` never drops the prompt."""
         pair = self.data.pair(index)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, pair.id, visit))
         t, noise, dropped = self.objective.draw(generator, tuple(pair.latents[0].shape), self.num_timesteps)
@@ -125,7 +125,7 @@ class PairMicroBatches(Dataset[PairBatch]):
             id=pair.id,
             chosen=pair.latents[chosen],
             rejected=pair.latents[rejected],
-            text=self.data.text("" if dropped else pair.prompt),
+            text=self.data.text("" if dropped and not keep_prompt else pair.prompt),
             chosen_image=conditioning[chosen],
             rejected_image=conditioning[rejected],
             p=max(pair.p, 1 - pair.p),

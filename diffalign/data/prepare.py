@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from diffalign.config import DataConfig, RunConfig
-from diffalign.data import cache as caches
-from diffalign.data.cache import CacheBuilder, LatentCache
+from diffalign.data import manifest as manifests
+from diffalign.data.cache import CacheBuilder, LatentCache, tables
 from diffalign.data.encode import LivePairs, Preparer
 from diffalign.data.loader import PairData
-from diffalign.data.pipeline import check, iterate
+from diffalign.data.pipeline import check, check_usable, iterate
+from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.data.source import Source, resolve
 from diffalign.errors import DataError
@@ -37,7 +41,7 @@ def prepare(config: RunConfig, family: Family, accelerator: Accelerator) -> Prep
     """Encoded pairs of a run; the encoders are out of memory again afterwards if the cache is used.
 
     Raises:
-        DataError: no source, nothing usable, or a stale cache.
+        DataError: no source, nothing or too little usable, or a cache of other settings or another source.
     """
     data = config.data
     if data.world_pairs is not None:
@@ -48,10 +52,12 @@ def prepare(config: RunConfig, family: Family, accelerator: Accelerator) -> Prep
         report = DataReport(source=source.facts())
         family.load(ENCODERS)
         preparer = Preparer(data, config.seed, family.resolution_step)
-        live = LivePairs(iterate(data, source, report), preparer, family, report, config.cache.workers)
+        with contextlib.closing(_records(data, source, report)) as records:
+            live = LivePairs(records, preparer, family, report, config.cache.workers, data.max_pairs)
+        check_usable(report, data.max_unusable, source.id)
         return Prepared(live, report)
     folder = config.cache_dir
-    wanted = caches.fingerprint(config, family)
+    wanted = manifests.fingerprint(config, family)
     found = open_complete(folder, wanted, data)
     if found is not None:
         return found
@@ -64,23 +70,31 @@ def prepare(config: RunConfig, family: Family, accelerator: Accelerator) -> Prep
         data = replace(data, keep_downloads=True)
     with accelerator.main_process_first():
         source = resolve(data)
+    manifests.check_manifest(
+        folder, wanted, manifests.source_facts(source)
+    )  # a part of something else is not gone on with
     check(data, source)  # before the encoders load
-    report = build(config, data, source, family, accelerator, wanted)
-    log.info("data: %s", report.summary())
-    return Prepared(LatentCache(folder), report)
+    built = build(config, data, source, family, accelerator, wanted)
+    log.info("data: %s", built.report.summary())
+    return built
+
+
+def _records(data: DataConfig, source: Source, report: DataReport) -> Generator[Record, None, None]:
+    """All records, to be closed: `max_pairs` is counted by who decodes and encodes them, since some cannot be."""
+    yield from iterate(replace(data, max_pairs=None), source, report)
 
 
 def open_complete(folder: Path, wanted: dict[str, object], data: DataConfig) -> Prepared | None:
     """A cache that is complete and was made with these settings; None if it has to be built (further).
 
     Raises:
-        DataError: it was made with other settings or from other files.
+        DataError: it was made with other settings, from other files, or from a source that is not wanted any more.
     """
-    local = [source for source in data.sources if Path(source).expanduser().exists()]
-    fingerprint = resolve(replace(data, sources=(local[0],))).fingerprint() if local else None
-    manifest = caches.check_manifest(folder, wanted, fingerprint)
+    manifest = manifests.check_manifest(folder, wanted)
     if manifest is None or manifest["pairs"] is None:
         return None
+    if isinstance(manifest["source"], dict) and (why := _why_other_source(manifest["source"], data)):
+        raise manifests.stale(folder, why)
     if not any(folder.glob("pairs-*.parquet")):
         return None
     cache = LatentCache(folder)
@@ -94,6 +108,41 @@ def open_complete(folder: Path, wanted: dict[str, object], data: DataConfig) -> 
     return Prepared(cache, DataReport.load(folder / REPORT))
 
 
+def _why_other_source(made_from: dict[str, Any], data: DataConfig) -> str:
+    """Why the source of a complete cache is none of `data.sources`; nothing if it is one. Does not ask the hub."""
+    gone = f"it was made from {manifests.source_label(made_from)}, which is not in data.sources"
+    if made_from["kind"] == "hub":
+        return "" if any(_names_hub(spec, made_from) for spec in data.sources) else gone
+    changed = False
+    for spec in data.sources:
+        found = _local_fingerprint(spec, data)
+        if found == made_from["fingerprint"] or (spec == made_from["id"] and found is None):
+            return ""  # the same files, or there is nothing left to compare with
+        changed |= spec == made_from["id"]
+    return "the source's files have changed" if changed else gone
+
+
+def _names_hub(spec: str, made_from: dict[str, Any]) -> bool:
+    """Whether an entry of `data.sources` means a hub source: the same one, or its data set without a revision."""
+    if Path(spec).expanduser().exists():
+        return False
+    repo, _, pin = spec.partition("@")
+    if repo != made_from["name"]:
+        return False
+    return not pin or spec == made_from["id"] or (len(pin) >= 7 and made_from["revision"].startswith(pin))
+
+
+def _local_fingerprint(spec: str, data: DataConfig) -> str | None:
+    """Of a local source; None if it is not there or cannot be used."""
+    if not Path(spec).expanduser().exists():
+        return None
+    try:
+        return resolve(replace(data, sources=(spec,))).fingerprint()
+    except DataError as error:
+        log.info("data source %s is not compared with the cache: %s", spec, error)
+        return None
+
+
 def build(
     config: RunConfig,
     data: DataConfig,
@@ -101,17 +150,25 @@ def build(
     family: Family,
     accelerator: Accelerator,
     wanted: dict[str, object],
-) -> DataReport:
-    """Encode everything into the cache folder; the encoders are unloaded at the end."""
-    folder = config.cache_dir
+) -> Prepared:
+    """Encode everything into the cache folder; the encoders are unloaded at the end.
+
+    Raises:
+        DataError: nothing or too little usable, no space, or a prompt without an embedding.
+    """
+    folder, facts = config.cache_dir, manifests.source_facts(source)
     if accelerator.is_main_process:
-        caches.write_manifest(folder, wanted, source.fingerprint(), None)
-        for leftover in folder.glob(".tmp-*"):
-            leftover.unlink()
+        manifests.write_manifest(folder, wanted, facts, None)
+        manifests.remove_leftovers(folder)
     accelerator.wait_for_everyone()
     family.load(ENCODERS)
-    reading, encoding = DataReport(source=source.facts()), DataReport()
-    with Progress("caching pairs", data.max_pairs, "pair", show=accelerator.is_main_process) as progress:
+    reading = DataReport(source=source.facts())
+    # Alone, one report lets the reader see early how much cannot be decoded.
+    encoding = reading if accelerator.num_processes == 1 else DataReport()
+    with (
+        Progress("caching pairs", data.max_pairs, "pair", show=accelerator.is_main_process) as progress,
+        contextlib.closing(_records(data, source, reading)) as records,
+    ):
         builder = CacheBuilder(
             folder,
             config,
@@ -120,19 +177,44 @@ def build(
             world=accelerator.num_processes,
             progress=lambda n: progress.set(n * accelerator.num_processes),
         )
-        builder.build(iterate(data, source, reading), encoding)
+        builder.build(records, encoding)
     family.unload(ENCODERS)
     accelerator.wait_for_everyone()
-    for other in gather_object([encoding]):
-        reading.merge(other)
+    total = sum(len(table) for table in tables(folder))
+    report = reading
+    if accelerator.num_processes > 1:
+        report = merged(gather_object([(reading, encoding)]), total)
     if accelerator.is_main_process:
-        reading.write(folder / REPORT)
-        total = sum(len(table) for table in caches.tables(folder))
-        if total == 0:
-            raise DataError(f"no usable pair is left: {reading.summary()}. {reading.example()}")
-        caches.write_manifest(folder, wanted, source.fingerprint(), total)
+        report.write(folder / REPORT)
+    # Every process sees the same, so that all of them stop, or none.
+    if total == 0:
+        raise DataError(f"no usable pair is left: {report.summary()}. {report.example()}")
+    check_usable(report, data.max_unusable, source.id)
+    cache = LatentCache(folder)
+    if missing := cache.missing_prompts():
+        raise DataError(
+            f"cache {folder}: {len(missing)} prompts have no embedding, such as {missing[0]!r}: did something else "
+            "change the folder? Start again: only they are encoded"
+        )
+    if accelerator.is_main_process:
+        manifests.write_manifest(folder, wanted, facts, total)
     accelerator.wait_for_everyone()
-    return reading
+    return Prepared(cache, report)
+
+
+def merged(parts: list[tuple[DataReport, DataReport]], pairs: int) -> DataReport:
+    """One report of what several processes read (all the same rows, but not equally far) and encoded (each its share).
+
+    Args:
+        parts: (reading, encoding) of each process.
+        pairs: in the cache now.
+    """
+    report = max((reading for reading, _ in parts), key=lambda reading: reading.rows)
+    for _, encoding in parts:
+        report.merge(encoding)
+    if (beyond := report.kept - pairs) > 0:  # read on for one process when another had its share of max_pairs
+        report.skipped["beyond_max_pairs"] += beyond
+    return report
 
 
 def make_world_pairs(config: RunConfig, accelerator: Accelerator) -> Path:

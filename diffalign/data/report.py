@@ -19,7 +19,9 @@ from diffalign.files import atomic_write_text
 LISTED = 1000  # rows listed per reason; the counts go on
 
 # Rows that a rule of the configuration takes out. Every other reason means that the row could not be used at all.
-RULES = frozenset({"unlabelled", "tie", "duplicate", "identical_images", "excluded_prompt", "filtered"})
+RULES = frozenset(
+    {"unlabelled", "tie", "duplicate", "identical_images", "excluded_prompt", "filtered", "beyond_max_pairs"}
+)
 
 
 @dataclass

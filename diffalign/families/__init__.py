@@ -31,7 +31,7 @@ class Family(ABC):
 
     title: ClassVar[str]  # for `diffalign list families`
     resolution_step: ClassVar[int]  # image sides are multiples of this
-    has_guidance: ClassVar[bool] = True  # classifier-free guidance is meaningful
+    attention_backends: ClassVar[tuple[str, ...]] = ("default",)  # what `training.attention` may name
 
     def __init__(
         self,
@@ -97,9 +97,10 @@ class Family(ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents to RGB in [0, 1], shape (B, 3, H, W), float32."""
 
+    @staticmethod
     @abstractmethod
     def image_conditioning(
-        self, original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+        original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
     ) -> Conditioning:
         """Per-image conditioning without a batch axis (SDXL's time ids); sizes are (height, width) in pixels."""
 

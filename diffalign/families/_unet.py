@@ -30,6 +30,7 @@ class UNetFamily(Family):
     """A latent UNet behind a stock diffusers pipeline. Subclasses add the conditioning."""
 
     resolution_step = 8
+    attention_backends = ("default", "xformers")
     text_parts: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]  # published ones of this family
 
@@ -153,7 +154,9 @@ class UNetFamily(Family):
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         vae = self._part("vae")
-        latents = vae.encode(pixels.to(self.device, self.vae_dtype)).latent_dist.mode()
+        # Never inside the training's autocast: the VAE's own type was chosen because lower ones overflow.
+        with torch.autocast(self.device.type, enabled=False):
+            latents = vae.encode(pixels.to(self.device, self.vae_dtype)).latent_dist.mode()
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return cast(Tensor, (latents.float() - shift) * vae.config.scaling_factor)
 
@@ -162,7 +165,8 @@ class UNetFamily(Family):
         vae = self._part("vae")
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         raw = latents.float() / vae.config.scaling_factor + shift
-        images = vae.decode(raw.to(self.device, self.vae_dtype)).sample
+        with torch.autocast(self.device.type, enabled=False):
+            images = vae.decode(raw.to(self.device, self.vae_dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

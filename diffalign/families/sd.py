@@ -45,8 +45,9 @@ class SD(UNetFamily):
             hidden, _ = pipeline.encode_prompt(prompts, self.device, 1, False)
         return {"encoder_hidden_states": hidden}
 
+    @staticmethod
     def image_conditioning(
-        self, original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+        original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
     ) -> Conditioning:
         return {}
 

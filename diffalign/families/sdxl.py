@@ -63,8 +63,9 @@ class SDXL(UNetFamily):
             )
         return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
+    @staticmethod
     def image_conditioning(
-        self, original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+        original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
     ) -> Conditioning:
         return {"time_ids": torch.tensor([*original_size, *crop_top_left, *target_size], dtype=torch.float32)}
 

@@ -58,12 +58,18 @@ class Objective(ABC):
     Attributes:
         timestep_min, timestep_max: inclusive bounds of the uniform timestep draw; None means the last step.
         proportion_empty_prompts: share of the pairs whose prompt is replaced by the empty one (keeps classifier-free
-            guidance trained); drawn once per pair and visit.
+            guidance trained); drawn once per pair and visit. The empty prompt is encoded, as in the published code;
+            SDXL 1.0 itself samples with zeros instead.
+        error_reduction: over the latent: "mean" as published, or "sum" (then beta must be smaller by the latent's size).
+        error_space: where errors are measured: "native" (what the network predicts, as published), "epsilon",
+            "v_prediction" or "sample".
     """
 
     timestep_min: int = 0
     timestep_max: int | None = None
     proportion_empty_prompts: float = 0.0
+    error_reduction: Literal["mean", "sum"] = "mean"
+    error_space: Literal["native", "epsilon", "v_prediction", "sample"] = "native"
 
     title: ClassVar[str]
     layout: ClassVar[Layout]
@@ -85,6 +91,11 @@ class Objective(ABC):
         """
         return
 
+    def timestep_range(self, num_timesteps: int) -> tuple[int, int]:
+        """First and last timestep that are drawn, inclusive."""
+        last = num_timesteps - 1 if self.timestep_max is None else min(self.timestep_max, num_timesteps - 1)
+        return self.timestep_min, last
+
     def draw(self, generator: torch.Generator, shape: tuple[int, ...], num_timesteps: int) -> tuple[int, Tensor, bool]:
         """One sample's timestep, noise and whether its prompt is dropped.
 
@@ -93,8 +104,8 @@ class Objective(ABC):
             shape: of the latents.
             num_timesteps: T of the schedule.
         """
-        last = num_timesteps - 1 if self.timestep_max is None else min(self.timestep_max, num_timesteps - 1)
-        t = int(torch.randint(self.timestep_min, last + 1, (), generator=generator))
+        first, last = self.timestep_range(num_timesteps)
+        t = int(torch.randint(first, last + 1, (), generator=generator))
         noise = torch.randn(shape, generator=generator)
         dropped = bool(torch.rand((), generator=generator) < self.proportion_empty_prompts)
         return t, noise, dropped

@@ -28,7 +28,7 @@ import torch
 from diffalign import losses
 from diffalign.data.batch import PairBatch
 from diffalign.objectives import LossOutput, Objective, pair_metrics
-from diffalign.policy import ErrorSpace, Policy
+from diffalign.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,6 @@ class DPO(Objective):
         label_smoothing: conservative smoothing, sigmoid only.
         label_noise: assumed rate of flipped labels, "robust" only.
         ipo_scale: "unit", or "paper" (divides by beta^2, which vanishes at beta in the thousands).
-        error_reduction: "mean" over the latent as published, or "sum" (then beta must be smaller by its size).
-        error_space: where the error is measured: "native" (what the network predicts, as published), "epsilon",
-            "v_prediction" or "sample".
     """
 
     beta_dpo: float = 5000.0
@@ -51,8 +48,6 @@ class DPO(Objective):
     label_smoothing: float = 0.0
     label_noise: float = 0.0
     ipo_scale: Literal["unit", "paper"] = "unit"
-    error_reduction: Literal["mean", "sum"] = "mean"
-    error_space: ErrorSpace = "native"
 
     title: ClassVar[str] = "Diffusion-DPO"
     layout: ClassVar = "pairs"

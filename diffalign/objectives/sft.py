@@ -8,24 +8,16 @@ SDXL). Its gradients are about beta / 4 times smaller than Diffusion-DPO's; Adam
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from diffalign.data.batch import PairBatch
 from diffalign.objectives import LossOutput, Objective
-from diffalign.policy import ErrorSpace, Policy
+from diffalign.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Objective):
-    """Denoising loss on chosen images.
-
-    Attributes:
-        error_reduction: "mean" over the latent, or "sum".
-        error_space: where the error is measured; "native" is what the network predicts.
-    """
-
-    error_reduction: Literal["mean", "sum"] = "mean"
-    error_space: ErrorSpace = "native"
+    """Denoising loss on chosen images."""
 
     title: ClassVar[str] = "SFT on winners"
     layout: ClassVar = "winners"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffalign.adapters import adapter_names, adapters_off
@@ -70,7 +72,8 @@ class Sampler:
             progress: called with the number of images finished in each batch.
 
         Returns:
-            RGB in [0, 1], float32 on the CPU, shape (len(indices) * repeats, 3, H, W), a prompt's repeats together.
+            uint8 RGB on the CPU, as a PNG would hold it (`to_float` gives [0, 1]), shape
+            (len(indices) * repeats, 3, H, W), a prompt's repeats together.
         """
         self.family.load(DECODER)
         jobs = [(i, j) for i in indices for j in range(repeats)]
@@ -80,9 +83,22 @@ class Sampler:
                 chunk = jobs[start : start + self.sampling.batch_size]
                 conditioning = {k: torch.cat([self.conditioning[i][k] for i, _ in chunk]) for k in self.conditioning[0]}
                 noise = torch.stack([self.noise(i, j, seed) for i, j in chunk])
-                done.append(self.family.sample(conditioning, self.negative, noise, self.sampling))
+                images = self.family.sample(conditioning, self.negative, noise, self.sampling)
+                done.append((images * 255).round().to(torch.uint8))
                 progress(len(chunk))
+        if self.family.device.type != "cpu":
+            self.family.unload(DECODER)  # the device's memory belongs to training
         return torch.cat(done)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 RGB to float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write one uint8 image of shape (3, H, W)."""
+    Image.fromarray(image.movedim(0, -1).numpy()).save(path)  # CHW -> HWC
 
 
 @contextmanager

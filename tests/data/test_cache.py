@@ -87,8 +87,8 @@ def run(config: RunConfig, family: Family) -> LatentCache:
     return data
 
 
-def same(a: PairData, b: PairData, text_atol: float = 0.0) -> None:
-    """Equal pairs in equal order, to the bit; text up to `text_atol`, where prompts were encoded in other batches."""
+def same(a: PairData, b: PairData, atol: float = 0.0) -> None:
+    """Equal pairs in equal order: to the bit, or up to `atol` where they were encoded in batches of other sizes."""
     assert len(a) == len(b)
     assert a.prompts == b.prompts
     assert a.target_sizes == b.target_sizes
@@ -96,11 +96,11 @@ def same(a: PairData, b: PairData, text_atol: float = 0.0) -> None:
         one, two = a.pair(i), b.pair(i)
         assert dataclasses.replace(one, latents=()) == dataclasses.replace(two, latents=())  # type: ignore[arg-type]
         for x, y in zip(one.latents, two.latents, strict=True):
-            assert torch.equal(x, y)
+            torch.testing.assert_close(x, y, atol=atol, rtol=0)
         for text in (prompt, ""):
             assert a.text(text).keys() == b.text(text).keys()
             for name, value in a.text(text).items():
-                torch.testing.assert_close(value, b.text(text)[name], atol=text_atol, rtol=0)
+                torch.testing.assert_close(value, b.text(text)[name], atol=atol, rtol=0)
 
 
 def names(folder: Path, pattern: str) -> list[str]:
@@ -121,7 +121,7 @@ def test_the_cache_holds_what_the_uncached_path_computes(
     cached = LatentCache(config.cache_dir)
     assert len(cached) == PAIRS + 1
     assert sorted({cached.pair(i).p for i in range(len(cached))}) == [0.0, 0.5, 1.0]
-    same(cached, live, text_atol=1e-5)
+    same(cached, live, atol=1e-5)
 
 
 def test_latents_are_those_of_the_image_and_the_labels_those_of_the_row(
@@ -254,7 +254,7 @@ def test_two_processes_build_what_one_builds(tiny_config: TinyConfig, tmp_path: 
     report = build(two, family, rank=1, world=2)
     report.merge(build(two, family, rank=0, world=2))
     assert {name[:8] for name in names(two.cache_dir, "pairs-*")} == {"pairs-r0", "pairs-r1"}
-    same(LatentCache(one.cache_dir), LatentCache(two.cache_dir), text_atol=1e-5)
+    same(LatentCache(one.cache_dir), LatentCache(two.cache_dir), atol=1e-5)
     assert report.notes == expected.notes
 
 
@@ -263,7 +263,7 @@ def test_another_number_of_processes_may_finish(tiny_config: TinyConfig, tmp_pat
     build(one, family)
     build(other, family, rank=0, world=2)
     build(other, family)
-    same(LatentCache(one.cache_dir), LatentCache(other.cache_dir), text_atol=1e-5)
+    same(LatentCache(one.cache_dir), LatentCache(other.cache_dir), atol=1e-5)
 
 
 def test_a_complete_cache_needs_no_encoder(
