@@ -140,9 +140,10 @@ def set_up_logging(verbose: bool) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    config = read_config(args)  # a typo must not wait for the imports below
     from diffalign.trainer import train
 
-    result = train(read_config(args))
+    result = train(config)
     if result.stopped_by:
         return 128 + result.stopped_by
     if os.environ.get("RANK", "0") == "0":  # one voice for all processes
@@ -207,10 +208,11 @@ def read_config(args: argparse.Namespace) -> RunConfig:
 
 
 def run_plan(args: argparse.Namespace) -> int:
+    config = read_config(args)
     from diffalign.plan import make_plan, render, to_json
 
     plan = make_plan(
-        read_config(args),
+        config,
         gpu_gb=args.gpu_gb,
         num_processes=args.processes,
         pairs=args.pairs,

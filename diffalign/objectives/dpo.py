@@ -21,14 +21,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from diffalign import losses
-from diffalign.data.batch import PairBatch
 from diffalign.objectives import LossOutput, Objective, pair_metrics
-from diffalign.policy import Policy
+
+if TYPE_CHECKING:
+    from diffalign.data.batch import PairBatch
+    from diffalign.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

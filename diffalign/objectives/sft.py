@@ -8,11 +8,13 @@ SDXL). Its gradients are about beta / 4 times smaller than Diffusion-DPO's; Adam
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from diffalign.data.batch import PairBatch
 from diffalign.objectives import LossOutput, Objective
-from diffalign.policy import Policy
+
+if TYPE_CHECKING:
+    from diffalign.data.batch import PairBatch
+    from diffalign.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
