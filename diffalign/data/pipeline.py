@@ -90,7 +90,7 @@ def iterate(config: DataConfig, source: Source, report: DataReport) -> Iterator[
             if not checked_early and report.rows >= EARLY_ROWS:
                 checked_early = True
                 check_usable(report, config.max_unusable, source.id)
-    log.info("data: %s", report.summary())
+    log.debug("read: %s", report.summary())
     check_usable(report, config.max_unusable, source.id)
     if report.kept == 0:
         example = f" ({report.example()})" if report.example() else ""
