@@ -170,7 +170,7 @@ MUTATIONS = (
     Mutation(
         "resume starts the data again",
         "diffalign/trainer.py",
-        "first = step * accumulation",
+        "first = step * effective // training.train_batch_size",
         "first = 0",
         "tests/test_trainer.py -k kill_nine",
     ),
