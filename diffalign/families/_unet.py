@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -49,9 +50,9 @@ class UNetFamily(Family):
         self._schedule: Schedule | None = None
 
     @classmethod
+    @abstractmethod
     def pipeline_class(cls) -> Any:
         """The stock pipeline class."""
-        raise NotImplementedError(f"{cls.__name__} names its pipeline class")
 
     @classmethod
     def preflight(cls, config: ModelConfig) -> None:
@@ -210,9 +211,9 @@ class UNetFamily(Family):
         """What the stock pipeline's constructor takes beyond the parts."""
         return {}
 
+    @abstractmethod
     def sample_arguments(self, conditioning: Conditioning, negative: Conditioning, batch: int) -> dict[str, Tensor]:
         """Prompt arguments of the stock pipeline's call."""
-        raise NotImplementedError(f"{type(self).__name__} names its prompt arguments")
 
     def _to_device(self, conditioning: Conditioning, batch: int) -> Conditioning:
         return {
