@@ -1,26 +1,496 @@
-"""The preference core: pure functions of scores, usable without any model.
+"""The preference core: objectives as pure functions of scores, usable without any model, trainer or data set.
 
-A score is float32, shape (B,), higher = more likely under the model. For text it is the sum of token log-probabilities;
-for denoising models it is minus one half of the mean squared error at a (t, noise) that everything compared shares, so
-that `beta` is numerically the published `beta_dpo`. Every loss is a composition
+    import torch
+    from diffalign import losses
 
-    log-ratio (policy - reference)  ->  contrast (chosen - rejected, times beta)  ->  link  ->  weight  ->  mean
+    scores = losses.Scores.tokens(policy_logps, reference_logps)   # (2B,), chosen rows first
+    out = losses.DPO(beta=0.1)(scores, losses.Pairs.halves(B))
+    out.loss.backward()
 
-and every function returns per-item values; the caller reduces. Nothing here draws random numbers, runs a model or
-talks to other processes. Imports torch only.
+A score is one number per row, higher = more likely under the model: the sum of token log-probabilities of a text, the
+log-density of a sampled trajectory, or minus one half of a denoising error. Every objective is a composition
+
+    log-ratio -> transform -> contrast (times beta, minus margin) -> link -> weight -> mean    (+ regularisers)
+
+and says which one it is. It also says what it needs to be true of a score, and refuses scores of which that is not true.
+Imports torch and nothing else of this package; a family of objectives is imported when one of it is asked for.
 """
 
-from diffalign.losses.links import hinge, logistic, robust_logistic, square
-from diffalign.losses.pair import PairLoss, dpo, implicit_reward, log_ratio, pair_logits
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from diffalign.losses.base import Estimator, IncompatibleObjective, LossOut, Needs, Objective
+from diffalign.losses.layouts import Groups, Items, Layout, Lists, Pairs
+from diffalign.losses.scores import Cap, Kind, Scores, Totals, Units
+
+if TYPE_CHECKING:
+    from diffalign.losses import (
+        advantages,
+        anchored,
+        base,
+        composite,
+        estimators,
+        fine_grained,
+        games,
+        group_objective,
+        hybrid,
+        layouts,
+        links,
+        pairing,
+        pairwise,
+        policy_gradient,
+        ranked,
+        reduce,
+        reference_free,
+        references,
+        regression,
+        scores,
+        supervised,
+        surrogates,
+        transforms,
+        transport,
+        unlearning,
+        unlearning_tokens,
+        unlearning_tools,
+        unpaired,
+        vocabulary,
+        weighted,
+    )
+    from diffalign.losses.anchored import NCA, APODown, APOZero, BCOPair, EXOList, InfoNCA, NCAList
+    from diffalign.losses.composite import FDPO, WPO, Mixed
+    from diffalign.losses.fine_grained import OSPO, RRPO, TDPO1, TDPO2, SparsePO
+    from diffalign.losses.games import DNO, GPO, INPO, SPPO, XPO, NashMD, OnlineIPO
+    from diffalign.losses.hybrid import DPOP, POVID, RPO, FlexDPO, HyPO, IterativeRPO, RationaleDPO, RealignRDPO, UVCoT
+    from diffalign.losses.pairwise import (
+        DPO,
+        EXO,
+        IPO,
+        DiscoPOP,
+        Hinge,
+        LengthDesensitisedDPO,
+        LengthRegularisedDPO,
+        NormalisedDPO,
+        RobustDPO,
+    )
+    from diffalign.losses.policy_gradient import (
+        BNPO,
+        CISPO,
+        DAPO,
+        GMPO,
+        GRPO,
+        GSPO,
+        LUSPO,
+        RLOO,
+        SAPO,
+        VESPO,
+        DrGRPO,
+        Reinforce,
+        ReMix,
+    )
+    from diffalign.losses.ranked import LambdaRank, PlackettLuce, StepDPO, TPOTree
+    from diffalign.losses.reference_free import ASFT, CPO, ORPO, TPO, TPOL, AlphaPO, MaPO, SimPO, SLiC
+    from diffalign.losses.regression import A2PO, NFT, CoPG, Rebel
+    from diffalign.losses.supervised import (
+        AWR,
+        MML,
+        RAFT,
+        RFT,
+        RWR,
+        SFT,
+        FDivergenceSFT,
+        PoFT,
+        UniformMLE,
+        Unlikelihood,
+    )
+    from diffalign.losses.transport import AOT, AOTUnpaired
+    from diffalign.losses.unlearning import D2O, GA, NPO, GradDiff, IdkDPO, SimNPO
+    from diffalign.losses.unlearning_tokens import CATNIP, CEU, PDU, UNDIAL, WGA, DiPO, SatImp
+    from diffalign.losses.unpaired import BCO, KTO, APOZeroUnpaired
+    from diffalign.losses.weighted import (
+        CREAM,
+        MADPO,
+        MAPL,
+        MODPO,
+        POWER,
+        POWERDL,
+        BetaDPO,
+        DynamicLabelDPO,
+        SimulPL,
+        SPODegree,
+        VerifierDPO,
+    )
+
+# Families of objectives and their members, {name: class}, in the order of the reference table. Importing all of them takes
+# longer than everything else here, so they are imported when needed.
+FAMILIES: dict[str, dict[str, str]] = {
+    "pairwise": {
+        "dpo": "DPO",
+        "robust_dpo": "RobustDPO",
+        "hinge": "Hinge",
+        "ipo": "IPO",
+        "exo": "EXO",
+        "discopop": "DiscoPOP",
+        "dpo_norm": "NormalisedDPO",
+        "ld_dpo": "LengthDesensitisedDPO",
+        "r_dpo": "LengthRegularisedDPO",
+    },
+    "anchored": {
+        "nca": "NCA",
+        "bco_pair": "BCOPair",
+        "apo_zero": "APOZero",
+        "apo_down": "APODown",
+        "infonca": "InfoNCA",
+        "nca_list": "NCAList",
+        "exo_list": "EXOList",
+    },
+    "transport": {
+        "aot": "AOT",
+        "aot_unpaired": "AOTUnpaired",
+    },
+    "composite": {
+        "f_dpo": "FDPO",
+        "wpo": "WPO",
+        "mixed": "Mixed",
+    },
+    "reference_free": {
+        "cpo": "CPO",
+        "slic": "SLiC",
+        "tpo": "TPO",
+        "simpo": "SimPO",
+        "alphapo": "AlphaPO",
+        "tpo_l": "TPOL",
+        "orpo": "ORPO",
+        "asft": "ASFT",
+        "mapo": "MaPO",
+    },
+    "unpaired": {
+        "apo_zero_unpaired": "APOZeroUnpaired",
+        "kto": "KTO",
+        "bco": "BCO",
+    },
+    "ranked": {
+        "plackett_luce": "PlackettLuce",
+        "lambda_rank": "LambdaRank",
+        "tpo_tree": "TPOTree",
+        "step_dpo": "StepDPO",
+    },
+    "games": {
+        "sppo": "SPPO",
+        "gpo": "GPO",
+        "dno": "DNO",
+        "inpo": "INPO",
+        "online_ipo": "OnlineIPO",
+        "nash_md": "NashMD",
+        "xpo": "XPO",
+    },
+    "weighted": {
+        "modpo": "MODPO",
+        "simulpl": "SimulPL",
+        "verifier_dpo": "VerifierDPO",
+        "madpo": "MADPO",
+        "beta_dpo": "BetaDPO",
+        "dynamic_label_dpo": "DynamicLabelDPO",
+        "power": "POWER",
+        "power_dl": "POWERDL",
+        "cream": "CREAM",
+        "spo_degree": "SPODegree",
+        "mapl": "MAPL",
+    },
+    "fine_grained": {
+        "tdpo1": "TDPO1",
+        "tdpo2": "TDPO2",
+        "sparse_po": "SparsePO",
+        "rrpo": "RRPO",
+        "ospo": "OSPO",
+    },
+    "hybrid": {
+        "rpo": "RPO",
+        "iterative_rpo": "IterativeRPO",
+        "flex_dpo": "FlexDPO",
+        "dpop": "DPOP",
+        "hypo": "HyPO",
+        "realign_rdpo": "RealignRDPO",
+        "povid": "POVID",
+        "uv_cot": "UVCoT",
+        "rationale_dpo": "RationaleDPO",
+    },
+    "unlearning": {
+        "ga": "GA",
+        "grad_diff": "GradDiff",
+        "npo": "NPO",
+        "simnpo": "SimNPO",
+        "idk_dpo": "IdkDPO",
+        "d2o": "D2O",
+    },
+    "unlearning_tokens": {
+        "wga": "WGA",
+        "satimp": "SatImp",
+        "catnip": "CATNIP",
+        "ce_u": "CEU",
+        "undial": "UNDIAL",
+        "dipo": "DiPO",
+        "pdu": "PDU",
+    },
+    "policy_gradient": {
+        "grpo": "GRPO",
+        "bnpo": "BNPO",
+        "dr_grpo": "DrGRPO",
+        "dapo": "DAPO",
+        "gspo": "GSPO",
+        "luspo": "LUSPO",
+        "cispo": "CISPO",
+        "sapo": "SAPO",
+        "vespo": "VESPO",
+        "gmpo": "GMPO",
+        "remix": "ReMix",
+        "rloo": "RLOO",
+        "reinforce": "Reinforce",
+    },
+    "regression": {
+        "nft": "NFT",
+        "copg": "CoPG",
+        "rebel": "Rebel",
+        "a2po": "A2PO",
+    },
+    "supervised": {
+        "sft": "SFT",
+        "rft": "RFT",
+        "raft": "RAFT",
+        "poft": "PoFT",
+        "unlikelihood": "Unlikelihood",
+        "rwr": "RWR",
+        "awr": "AWR",
+        "mml": "MML",
+        "uniform_mle": "UniformMLE",
+        "f_sft": "FDivergenceSFT",
+    },
+}
+_MODULES = (
+    "advantages",
+    "anchored",
+    "base",
+    "composite",
+    "estimators",
+    "fine_grained",
+    "games",
+    "group_objective",
+    "hybrid",
+    "layouts",
+    "links",
+    "pairing",
+    "pairwise",
+    "policy_gradient",
+    "ranked",
+    "reduce",
+    "reference_free",
+    "references",
+    "regression",
+    "scores",
+    "supervised",
+    "surrogates",
+    "transforms",
+    "transport",
+    "unlearning",
+    "unlearning_tokens",
+    "unlearning_tools",
+    "unpaired",
+    "vocabulary",
+    "weighted",
+)
+
+
+def names() -> list[str]:
+    """The names of all objectives, in the order of `FAMILIES`; imports none of them."""
+    return [name for members in FAMILIES.values() for name in members]
+
+
+def find(name: str) -> type[Objective]:
+    """An objective by name.
+
+    Raises:
+        KeyError: no such name.
+    """
+    for module, members in FAMILIES.items():
+        if name in members:
+            found: type[Objective] = getattr(importlib.import_module(f"{__name__}.{module}"), members[name])
+            return found
+    raise KeyError(name)
+
+
+def catalogue() -> dict[str, type[Objective]]:
+    """Every named objective of the core, by name."""
+    return {name: find(name) for name in names()}
+
+
+def __getattr__(attribute: str) -> Any:
+    """Modules and objectives by attribute, imported on first use."""
+    if attribute in _MODULES:
+        return importlib.import_module(f"{__name__}.{attribute}")
+    for module, members in FAMILIES.items():
+        if attribute in members.values():
+            return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+
 
 __all__ = [
-    "PairLoss",
-    "dpo",
-    "hinge",
-    "implicit_reward",
-    "log_ratio",
-    "logistic",
-    "pair_logits",
-    "robust_logistic",
-    "square",
+    "A2PO",
+    "AOT",
+    "ASFT",
+    "AWR",
+    "BCO",
+    "BNPO",
+    "CATNIP",
+    "CEU",
+    "CISPO",
+    "CPO",
+    "CREAM",
+    "D2O",
+    "DAPO",
+    "DNO",
+    "DPO",
+    "DPOP",
+    "EXO",
+    "FAMILIES",
+    "FDPO",
+    "GA",
+    "GMPO",
+    "GPO",
+    "GRPO",
+    "GSPO",
+    "INPO",
+    "IPO",
+    "KTO",
+    "LUSPO",
+    "MADPO",
+    "MAPL",
+    "MML",
+    "MODPO",
+    "NCA",
+    "NFT",
+    "NPO",
+    "ORPO",
+    "OSPO",
+    "PDU",
+    "POVID",
+    "POWER",
+    "POWERDL",
+    "RAFT",
+    "RFT",
+    "RLOO",
+    "RPO",
+    "RRPO",
+    "RWR",
+    "SAPO",
+    "SFT",
+    "SPPO",
+    "TDPO1",
+    "TDPO2",
+    "TPO",
+    "TPOL",
+    "UNDIAL",
+    "VESPO",
+    "WGA",
+    "WPO",
+    "XPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "APOZeroUnpaired",
+    "AlphaPO",
+    "BCOPair",
+    "BetaDPO",
+    "Cap",
+    "CoPG",
+    "DiPO",
+    "DiscoPOP",
+    "DrGRPO",
+    "DynamicLabelDPO",
+    "EXOList",
+    "Estimator",
+    "FDivergenceSFT",
+    "FlexDPO",
+    "GradDiff",
+    "Groups",
+    "Hinge",
+    "HyPO",
+    "IdkDPO",
+    "IncompatibleObjective",
+    "InfoNCA",
+    "Items",
+    "IterativeRPO",
+    "Kind",
+    "LambdaRank",
+    "Layout",
+    "LengthDesensitisedDPO",
+    "LengthRegularisedDPO",
+    "Lists",
+    "LossOut",
+    "MaPO",
+    "Mixed",
+    "NCAList",
+    "NashMD",
+    "Needs",
+    "NormalisedDPO",
+    "Objective",
+    "OnlineIPO",
+    "Pairs",
+    "PlackettLuce",
+    "PoFT",
+    "RationaleDPO",
+    "ReMix",
+    "RealignRDPO",
+    "Rebel",
+    "Reinforce",
+    "RobustDPO",
+    "SLiC",
+    "SPODegree",
+    "SatImp",
+    "Scores",
+    "SimNPO",
+    "SimPO",
+    "SimulPL",
+    "SparsePO",
+    "StepDPO",
+    "TPOTree",
+    "Totals",
+    "UVCoT",
+    "UniformMLE",
+    "Units",
+    "Unlikelihood",
+    "VerifierDPO",
+    "advantages",
+    "anchored",
+    "base",
+    "catalogue",
+    "composite",
+    "estimators",
+    "find",
+    "fine_grained",
+    "games",
+    "group_objective",
+    "hybrid",
+    "layouts",
+    "links",
+    "names",
+    "pairing",
+    "pairwise",
+    "policy_gradient",
+    "ranked",
+    "reduce",
+    "reference_free",
+    "references",
+    "regression",
+    "scores",
+    "supervised",
+    "surrogates",
+    "transforms",
+    "transport",
+    "unlearning",
+    "unlearning_tokens",
+    "unlearning_tools",
+    "unpaired",
+    "vocabulary",
+    "weighted",
 ]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffalign.losses import hinge, logistic, robust_logistic, square
+from diffalign.losses.links import hinge, logistic, robust_logistic, square
 
 Z = torch.linspace(-6, 6, 25, dtype=torch.float64).float()
 

@@ -1,0 +1,287 @@
+"""The objective: a frozen dataclass whose fields are its settings and whose call is the method.
+
+    out = losses.SimPO(beta=2.0, gamma_beta_ratio=0.5)(scores, pairs)
+    out.loss.backward()
+
+An objective is a pure function of (scores, layout, stats): no random numbers, no model call, no communication.
+What remembers anything (a reference point, a running mean, dynamic labels) is an `Estimator` and arrives as `stats`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffalign.losses.layouts import Groups, Items, Layout, Lists, Pairs
+from diffalign.losses.scores import CAPABILITIES, Cap, Kind, Scores
+
+AnyLayout: TypeAlias = Layout | Pairs | Items | Groups | Lists
+# (log-softmax of the policy (..., V), labels (...), log-softmax of the reference or None) -> statistic (...)
+TokenStatistic: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+class IncompatibleObjective(ValueError):  # noqa: N818 - what it says of the objective
+    """An objective that means nothing on this kind of score.
+
+    Attributes:
+        objective: its name.
+        kind: of the scores.
+        why: the reason.
+        instead: the nearest meaningful alternative.
+    """
+
+    def __init__(self, objective: str, kind: Kind, why: str, instead: str) -> None:
+        self.objective, self.kind, self.why, self.instead = objective, kind, why, instead
+        advice = f"; {instead}" if instead else ""
+        super().__init__(f"objective {objective!r} on {kind.value} scores: {why}{advice}")
+
+
+# Why an objective that needs a capability is refused where scores do not have it.
+_WHY: Mapping[Cap, Mapping[Kind, str]] = {
+    Cap.PROBABILITY: {
+        Kind.BOUND: "1 - exp(score) needs a normalised probability, and a denoising error is neither normalised nor bounded",
+        Kind.STEP: "a density may exceed 1, so odds and 1 - p are undefined",
+    },
+    Cap.ABSOLUTE: {
+        Kind.BOUND: "without a reference the difference between two images mostly measures how complex they are",
+    },
+    Cap.RATIO: {
+        Kind.BOUND: "exp of a difference of denoising errors is not a likelihood ratio, and its scale is arbitrary",
+    },
+    Cap.LENGTH: {
+        Kind.BOUND: "there are no tokens to count or to normalise by",
+        Kind.STEP: "every trajectory has the same number of steps, so there is no length to normalise by",
+    },
+    Cap.VOCABULARY: {
+        Kind.BOUND: "there is no vocabulary to take a divergence over",
+        Kind.STEP: "there is no vocabulary to take a divergence over",
+    },
+    Cap.ERROR: {
+        Kind.TOKEN: "it is a function of a denoising error",
+        Kind.STEP: "it is a function of a denoising error",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an objective reads.
+
+    Attributes:
+        layout: parts of the layout ("pairs", "items", "groups", "lists", "conditions", "on_policy").
+        or_layout: parts that serve instead of `layout`.
+        reference, old: scores of the reference, of the behaviour policy.
+        caps: what must be true of the scores.
+        labels: labels of items that are read: (1,) for what only imitates, (0,) for what only pushes away.
+        prompt: reads `Scores.prompt_imitation`.
+        extra: names in `Scores.extra`.
+        stats: names of what an estimator supplies.
+    """
+
+    layout: tuple[str, ...] = ("pairs",)
+    reference: bool = True
+    old: bool = False
+    caps: frozenset[Cap] = frozenset({Cap.DIFFERENCE})
+    labels: tuple[int, ...] = (0, 1)
+    prompt: bool = False
+    extra: tuple[str, ...] = ()
+    stats: tuple[str, ...] = ()
+    or_layout: tuple[str, ...] = ()
+
+
+def needs(*layout: str, caps: tuple[Cap, ...] = (Cap.DIFFERENCE,), **more: Any) -> Needs:
+    """Short form of `Needs`: `needs("pairs", caps=(Cap.LENGTH,), reference=False)`."""
+    return Needs(layout=layout or ("pairs",), caps=frozenset(caps), **more)
+
+
+@dataclass(frozen=True)
+class LossOut:
+    """What an objective returns.
+
+    Attributes:
+        per_item: loss per pair, item, list or group member, (M,), with gradient; weights are in it. The loss of a step is
+            the mean over all of them, whatever the number of micro-batches and processes.
+        metrics: detached values by metric name; each of its own length, averaged over its own count.
+    """
+
+    per_item: Tensor
+    metrics: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        """The scalar to minimise: the mean of `per_item`; zero, still connected to the graph, if there is none."""
+        return self.per_item.mean() if self.per_item.numel() else self.per_item.sum()
+
+
+class Estimator(ABC):
+    """Something with memory, or that looks at all processes: kept apart from the pure objective.
+
+    `gather` concatenates a tensor over all processes along axis 0 (the identity for one process), so a definition on the
+    gathered batch is the same on one process and on many.
+    """
+
+    @abstractmethod
+    def update(
+        self, scores: Scores, layout: Layout, gather: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> dict[str, Tensor]:
+        """Take in a batch and return detached statistics by name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores. The base remembers nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state; got {', '.join(state)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """Base of all objectives of the core.
+
+    Class attributes:
+        name: as in a config's `objective.name`.
+        title: for people.
+        paper: arXiv id; "" where there is none, ending in "?" where the id is from memory.
+        composition: transform -> contrast -> link -> weight -> reduction, in words.
+        needs: what it reads.
+        parity: the independent implementation it is tested against; "" if there is none.
+        status: "experimental" where the published formula was not available.
+        unknown: then, what is not known.
+        instead: what to use where it is refused.
+        default_beta: beta per kind of score, for objectives with a `beta` field that may be left out.
+        aliases: other names of fields that a config may use.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str] = ""
+    composition: ClassVar[str]
+    needs: ClassVar[Needs]
+    parity: ClassVar[str] = ""
+    status: ClassVar[Literal["stable", "experimental"]] = "stable"
+    unknown: ClassVar[str] = ""
+    instead: ClassVar[str] = ""
+    default_beta: ClassVar[Mapping[Kind, float]] = {}
+    aliases: ClassVar[Mapping[str, str]] = {}
+
+    def check(self, kind: Kind) -> None:
+        """Refuse a kind of score on which this objective, with these settings, means nothing.
+
+        Raises:
+            IncompatibleObjective: with the reason and the nearest alternative.
+        """
+        self.check_caps(kind)
+        self.check_beta(kind)
+
+    def check_caps(self, kind: Kind) -> None:
+        """Refuse a kind of score that lacks what this objective needs; see `check`."""
+        missing = sorted(self.required_caps(kind) - CAPABILITIES[kind], key=lambda c: c.name)
+        if missing:
+            reasons = [_WHY.get(cap, {}).get(kind, f"needs {cap.value}") for cap in missing]
+            raise IncompatibleObjective(self.name, kind, "; ".join(dict.fromkeys(reasons)), self.instead)
+
+    def check_beta(self, kind: Kind) -> None:
+        """Refuse to guess a beta where none was published; see `check`."""
+        if "beta" in self.__dataclass_fields__ and self.__dict__.get("beta") is None and kind not in self.default_beta:
+            published = "; on denoising errors (mean over the latent) published values are 2000 to 5000"
+            raise IncompatibleObjective(
+                self.name,
+                kind,
+                "beta has no default here, because it depends on the scale of the score",
+                f"set objective.beta{published if kind is Kind.BOUND else ''}",
+            )
+
+    def required_caps(self, kind: Kind) -> frozenset[Cap]:
+        """The capabilities these settings need; may be fewer than `needs.caps`."""
+        return self.needs.caps
+
+    def reads_reference(self) -> bool:
+        """Whether these settings read the reference; may be more or less than `needs.reference`."""
+        return self.needs.reference
+
+    def beta_for(self, kind: Kind) -> float:
+        """The beta in use: the field, or the default of this kind of score."""
+        beta = self.__dict__.get("beta")
+        return float(self.default_beta[kind] if beta is None else beta)
+
+    def vocabulary(self) -> Mapping[str, TokenStatistic]:
+        """Statistics over the vocabulary that the scorer must supply in `Scores.vocabulary`."""
+        return {}
+
+    def estimator(self) -> Estimator | None:
+        """A fresh estimator, for objectives that need `stats`."""
+        return None
+
+    def initial_loss(self, kind: Kind = Kind.TOKEN) -> float | None:
+        """The loss at policy == reference, where it is a constant; a first step that differs from it raises an alarm."""
+        return None
+
+    def summary(self) -> dict[str, float | str]:
+        """Numbers worth printing and storing with every checkpoint."""
+        return {
+            name: value
+            for name in [f.name for f in fields(self)]
+            if isinstance(value := getattr(self, name), (int, float, str)) and not isinstance(value, bool)
+        }
+
+    @abstractmethod
+    def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
+        """The loss.
+
+        Args:
+            scores: of N rows.
+            layout: what is compared.
+            stats: from the estimator.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetaObjective(Objective):
+    """Base of objectives with a beta that may be left out.
+
+    Attributes:
+        beta: strength of the pull to the reference, > 0. None takes the default of the kind of score. On denoising errors
+            it is the published `beta_dpo`.
+    """
+
+    beta: float | None = None
+
+    aliases: ClassVar[Mapping[str, str]] = {"beta_dpo": "beta"}
+
+    def __post_init__(self) -> None:
+        if self.beta is not None and self.beta <= 0:
+            raise ValueError(f"beta is {self.beta}; expected a positive number")
+
+    def summary(self) -> dict[str, float | str]:
+        return {k: v for k, v in super().summary().items() if v is not None}
+
+
+def detached(**metrics: Tensor) -> dict[str, Tensor]:
+    """Metrics without gradient; `__` in a name stands for `/`."""
+    return {name.replace("__", "/"): value.detach() for name, value in metrics.items()}
+
+
+def as_rows(value: Tensor | float, like: Tensor) -> Tensor:
+    """A scalar or tensor as a tensor of `like`'s type and device."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def read_stat(stats: Mapping[str, Tensor] | None, name: str, like: Tensor) -> Tensor:
+    """A statistic from the estimator, of `like`'s type and device, without gradient.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if stats is None or name not in stats:
+        raise ValueError(
+            f"this objective reads the statistic {name!r}; pass stats=estimator.update(scores, layout) with the estimator "
+            "from objective.estimator()"
+        )
+    return stats[name].detach().to(like)

@@ -1,0 +1,303 @@
+"""Scores: what a model family hands to the preference core, and what is true about them.
+
+One row per *item* (a response, a noisy image, a trajectory). Rows are flat: index structures (`layouts.py`) say which rows
+form pairs, groups or lists, so the same rows can serve a pair loss, an imitation term and an unpaired loss at once.
+
+Shapes: N rows, U units per row (tokens, denoising steps or latent elements). Half precision is lifted to float32 on
+arrival; float64 stays, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Kind(str, Enum):
+    """What a score is.
+
+    TOKEN: the sum over response tokens of log p; exact, never positive.
+    STEP: Gaussian log-density of the stored transitions of a stochastic sampler; exact per step up to constants.
+    BOUND: minus one half of a denoising error at a (t, noise) shared by everything that is compared; only differences
+        mean something, and their scale is arbitrary.
+    """
+
+    TOKEN = "token"
+    STEP = "step"
+    BOUND = "bound"
+
+
+class Cap(str, Enum):
+    """What an objective may need to be true of the scores."""
+
+    DIFFERENCE = "differences of a row between two models"
+    ABSOLUTE = "absolute log-likelihoods, comparable between different items"
+    PROBABILITY = "log-probabilities that are never positive"
+    RATIO = "exp of a log-ratio is a likelihood ratio"
+    LENGTH = "a length in units"
+    UNITS = "scores per unit"
+    VOCABULARY = "a distribution over a vocabulary"
+    IMITATION = "an imitation loss per row"
+    ERROR = "a denoising error per row"
+
+
+CAPABILITIES: Mapping[Kind, frozenset[Cap]] = {
+    Kind.TOKEN: frozenset(Cap) - {Cap.ERROR},
+    Kind.STEP: frozenset({Cap.DIFFERENCE, Cap.ABSOLUTE, Cap.RATIO, Cap.UNITS, Cap.IMITATION}),
+    Kind.BOUND: frozenset({Cap.DIFFERENCE, Cap.UNITS, Cap.IMITATION, Cap.ERROR}),
+}
+
+
+def lift(x: Tensor) -> Tensor:
+    """float32 at least: half precision is lifted, float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """Scores of the parts of every row.
+
+    Attributes:
+        theta: (N, U), gradient flows; 0 where masked out.
+        ref, old: of the reference and of the behaviour policy, (N, U), no gradient.
+        mask: bool (N, U); True for units that belong to the score.
+        weight: >= 0, (N, U); None is 1 everywhere. May carry gradient (learned masks).
+        divergence_weight: the same for a divergence at every unit; None is `weight`.
+        segment: int64 (N, U): id of the step or phrase a unit belongs to; 0 is none.
+    """
+
+    theta: Tensor
+    mask: Tensor
+    ref: Tensor | None = None
+    old: Tensor | None = None
+    weight: Tensor | None = None
+    divergence_weight: Tensor | None = None
+    segment: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.theta.shape
+        for name in ("mask", "ref", "old", "weight", "divergence_weight", "segment"):
+            value = getattr(self, name)
+            if value is not None and value.shape != shape:
+                raise ValueError(f"units.{name} has shape {tuple(value.shape)}; expected {tuple(shape)} as units.theta")
+        if self.mask.dtype != torch.bool:
+            raise ValueError(f"units.mask is {self.mask.dtype}; expected torch.bool")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Counts over a whole optimiser step (all micro-batches and processes), which make averages over units exact.
+
+    Attributes:
+        items: rows, pairs or lists the trainer averages over.
+        units: masked units of all rows.
+        chosen_units: masked units of the chosen rows of all pairs.
+        chosen_prompt_units: prompt tokens of the same rows, for objectives that imitate prompts too.
+        item_units: masked units of the rows of all items, for objectives that have both pairs and items.
+        positive_items, positive_units: of these items, and of their units, those labelled 1 (desirable, retain), for losses
+            that average over both sides apart; None takes this batch for the whole.
+    """
+
+    items: float
+    units: float
+    chosen_units: float = 0.0
+    chosen_prompt_units: float = 0.0
+    item_units: float = 0.0
+    positive_items: float | None = None
+    positive_units: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of N rows.
+
+    Attributes:
+        kind: what a score is.
+        theta: of the policy, (N,), gradient flows.
+        ref: of the reference, (N,), no gradient; possibly of a mixture of references.
+        old: of the behaviour policy that sampled the rows, (N,), no gradient.
+        length: number of units that enter the sum, (N,); tokens only.
+        units: scores per unit.
+        vocabulary: named statistics over the vocabulary, each (N, U) (see `Objective.vocabulary`).
+        imitation: loss of imitating the row, summed over its units, (N,): -log p for tokens, the error for denoising.
+        prompt_imitation, prompt_length: the same of the prompt's tokens, for objectives that train on both.
+        error: the denoising error itself, (N,), BOUND only.
+        extra: further rows' worth of numbers a named objective asks for (its docstring says which), each (N,).
+        totals: counts over the optimiser step; None takes this batch for the whole.
+    """
+
+    kind: Kind
+    theta: Tensor
+    ref: Tensor | None = None
+    old: Tensor | None = None
+    length: Tensor | None = None
+    units: Units | None = None
+    vocabulary: Mapping[str, Tensor] = field(default_factory=dict)
+    imitation: Tensor | None = None
+    prompt_imitation: Tensor | None = None
+    prompt_length: Tensor | None = None
+    error: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    totals: Totals | None = None
+
+    def __post_init__(self) -> None:
+        if self.theta.ndim != 1:
+            raise ValueError(f"scores.theta has shape {tuple(self.theta.shape)}; expected one score per row, (N,)")
+        for name in ("theta", "ref", "old", "length", "imitation", "prompt_imitation", "prompt_length", "error"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value.shape != self.theta.shape:
+                raise ValueError(f"scores.{name} has shape {tuple(value.shape)}; expected {tuple(self.theta.shape)}")
+            object.__setattr__(self, name, lift(value))
+        for name in ("ref", "old"):
+            value = getattr(self, name)
+            if value is not None and value.requires_grad:
+                raise ValueError(f"scores.{name} carries gradient; compute it under torch.no_grad()")
+
+    def __len__(self) -> int:
+        return len(self.theta)
+
+    @classmethod
+    def tokens(
+        cls,
+        theta: Tensor,
+        ref: Tensor | None = None,
+        old: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        **more: Any,
+    ) -> Scores:
+        """Scores of texts.
+
+        Args:
+            theta: log p of the response, summed, (N,); or per token, (N, U), with `mask`.
+            ref, old: of the same shape, without gradient.
+            mask: bool (N, U), True on response tokens, the end-of-sequence token included.
+            more: further fields (`length`, `vocabulary`, ...).
+        """
+        if theta.ndim == 1:
+            more.setdefault("imitation", -theta)
+            return cls(kind=Kind.TOKEN, theta=theta, ref=ref, old=old, **more)
+        if mask is None:
+            raise ValueError("token scores of shape (N, U) need a mask of the response tokens")
+        parts = {
+            name: lift(value).masked_fill(~mask, 0.0)
+            for name, value in (("theta", theta), ("ref", ref), ("old", old))
+            if value is not None
+        }
+        sums: dict[str, Any] = {name: value.sum(1) for name, value in parts.items()}
+        per_unit = {name: more.pop(name, None) for name in ("weight", "divergence_weight", "segment")}
+        more.setdefault("length", mask.sum(1))
+        more.setdefault("imitation", -sums["theta"])
+        return cls(kind=Kind.TOKEN, units=Units(mask=mask, **per_unit, **parts), **sums, **more)
+
+    @classmethod
+    def denoising(cls, error: Tensor, reference_error: Tensor | None = None, **more: Any) -> Scores:
+        """Scores of denoising errors: minus one half of them, so that beta is the published `beta_dpo`.
+
+        Args:
+            error: squared error of the policy, (N,), gradient flows; everything that is compared shares (t, noise).
+            reference_error: of the reference at the same (t, noise).
+            more: further fields.
+        """
+        error = lift(error)
+        ref = None if reference_error is None else -0.5 * lift(reference_error)
+        more.setdefault("imitation", error)
+        return cls(kind=Kind.BOUND, theta=-0.5 * error, ref=ref, error=error, **more)
+
+    @classmethod
+    def steps(
+        cls,
+        theta: Tensor,
+        ref: Tensor | None = None,
+        old: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        **more: Any,
+    ) -> Scores:
+        """Scores of sampled trajectories: Gaussian log-densities per denoising step, (N, U), or summed, (N,)."""
+        if theta.ndim == 1:
+            more.setdefault("imitation", -theta)
+            return cls(kind=Kind.STEP, theta=theta, ref=ref, old=old, **more)
+        mask = torch.ones_like(theta, dtype=torch.bool) if mask is None else mask
+        made = cls.tokens(theta, ref, old, mask=mask, **more)
+        fields = {name: getattr(made, name) for name in made.__dataclass_fields__}
+        return cls(**fields | {"kind": Kind.STEP, "length": None})
+
+    def log_ratio(self) -> Tensor:
+        """theta - ref per row, (N,).
+
+        Raises:
+            ValueError: there is no reference.
+        """
+        return self.theta - self.need_ref()
+
+    def need_ref(self) -> Tensor:
+        """Scores of the reference, (N,).
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.ref is None:
+            raise ValueError("this objective compares with a reference; scores.ref is missing")
+        return self.ref
+
+    def need_units(self) -> Units:
+        """The units.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.units is None:
+            raise ValueError(
+                "this objective works per unit; scores.units is missing (give token scores of shape (N, U))"
+            )
+        return self.units
+
+    def need_vocabulary(self, name: str) -> Tensor:
+        """A statistic over the vocabulary, float32 at least, (N, U).
+
+        Raises:
+            ValueError: the scorer did not supply it.
+        """
+        if name not in self.vocabulary:
+            raise ValueError(
+                f"this objective reads the vocabulary statistic {name!r}; scores.vocabulary has not got it"
+            )
+        return lift(self.vocabulary[name])
+
+    def need_extra(self, name: str) -> Tensor:
+        """Numbers a named objective asks for, float32 at least.
+
+        Raises:
+            ValueError: the scorer did not supply them.
+        """
+        if name not in self.extra:
+            raise ValueError(f"this objective reads {name!r}; scores.extra has not got it")
+        return lift(self.extra[name])
+
+    def need_imitation(self) -> Tensor:
+        """The imitation loss per row, (N,).
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.imitation is None:
+            raise ValueError("this objective imitates rows; scores.imitation is missing")
+        return self.imitation
+
+    def need_length(self) -> Tensor:
+        """Lengths, at least 1, so that an empty row divides by one instead of by zero; (N,).
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.length is None:
+            raise ValueError("this objective normalises by length; scores.length is missing")
+        return self.length.clamp(min=1)

@@ -1,0 +1,157 @@
+"""The contract of every objective of the core; see tests/loss_cases.py."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import loss_cases
+import pytest
+import torch
+from loss_cases import Case, as_type, detach, leaf, survives, with_leaf
+
+from diffalign import losses
+from diffalign.losses import IncompatibleObjective, Kind
+
+
+def load_cases() -> list[Case]:
+    found = []
+    for path in sorted((Path(__file__).parent / "cases").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"loss_cases_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found += module.CASES
+    return found
+
+
+CASES = load_cases()
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+
+
+def test_every_objective_has_a_case_and_no_two_cases_share_a_label():
+    assert set(losses.catalogue()) == {case.objective.name for case in CASES}
+    labels = [case.label for case in CASES]
+    assert len(labels) == len(set(labels))
+
+
+@by_case
+def test_case_is_complete(case):
+    """Identities, mutations, start values and metadata: what a new objective must not lack."""
+    assert case.identities
+    assert len(case.mutations) >= (1 if case.name else 2)
+    cls = case.objective
+    for text in (cls.name, cls.title, cls.composition, cls.__doc__):
+        assert text
+        assert text.strip()
+    assert cls.status in ("stable", "experimental")
+    assert bool(cls.unknown) == (cls.status == "experimental"), "experimental objectives say what is unknown"
+    assert cls.paper or "arXiv id unknown" in cls.__doc__ or "no paper" in cls.__doc__
+
+
+@by_case
+def test_value_and_slopes_at_the_start(case):
+    loss_cases.check_start(case, case.objective)
+
+
+@by_case
+def test_values_equal_an_independent_transcription(case):
+    loss_cases.check_formula(case, case.objective)
+
+
+@by_case
+def test_gradient_equals_finite_differences(case):
+    loss_cases.check_gradient(case, case.objective)
+
+
+@by_case
+def test_identities(case):
+    loss_cases.check_identities(case, case.objective)
+
+
+@by_case
+def test_mutations_are_noticed(case):
+    for old, new in case.mutations:
+        assert not survives(case, old, new), f"replacing {old!r} by {new!r} goes unnoticed"
+
+
+@by_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_scores_are_lifted(case, dtype):
+    scores, layout, stats = as_type(case.batch(1), dtype)
+    x = leaf(scores).requires_grad_()
+    out = case.make(case.objective)(with_leaf(scores, x), layout, stats)
+    assert out.per_item.dtype == torch.float32
+    assert torch.isfinite(out.per_item).all()
+    (grad,) = torch.autograd.grad(out.per_item.sum(), x)
+    assert torch.isfinite(grad).all()
+
+
+def test_cases_spared_extreme_scores_say_why():
+    assert all(len(case.extreme) > 20 for case in CASES if case.extreme)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.extreme], ids=lambda case: case.label)
+@pytest.mark.parametrize("size", [1e4, -1e4, 1e-30, 0.0])
+def test_extreme_scores_stay_finite(case, size):
+    """Scores of +-1e4 with alternating signs, all at -1e4, nothing, and probabilities of one; in float32."""
+    scores, layout, stats = as_type(case.batch(2), torch.float32)
+    x = leaf(scores)
+    signs = torch.where(torch.arange(x.numel()).view(x.shape) % 2 == 0, 1.0, -1.0)
+    # Token log-probabilities are never positive; sums of them are only ever compared, so both signs are tried there.
+    x = (size * signs if size > 0 and scores.units is None else -abs(size) * signs.abs()).requires_grad_()
+    out = case.make(case.objective)(with_leaf(scores, x), layout, stats)
+    assert torch.isfinite(out.per_item).all()
+    (grad,) = torch.autograd.grad(out.per_item.sum(), x)
+    assert torch.isfinite(grad).all()
+
+
+@by_case
+def test_nothing_but_the_policy_gets_gradient_and_metrics_are_detached(case):
+    out = case.make(case.objective)(*case.batch(3))
+    assert out.metrics
+    for name, value in out.metrics.items():
+        assert not value.requires_grad, name
+        assert value.ndim == 1, name
+
+
+@by_case
+def test_refused_kinds_are_refused_with_reason_and_alternative(case):
+    objective = case.make(case.objective)
+    for kind in Kind:
+        if kind in case.kinds:
+            objective.check(kind)
+        else:
+            with pytest.raises(IncompatibleObjective) as refusal:
+                objective.check(kind)
+            assert refusal.value.why
+            assert refusal.value.instead, "name the nearest meaningful alternative"
+
+
+@by_case
+def test_missing_parts_are_named(case):
+    objective = case.make(case.objective)
+    scores, _, stats = detach(case.batch(0))
+    with pytest.raises(ValueError, match="layout has nothing"):
+        objective(scores, losses.Layout(), stats)
+    if objective.needs.reference and scores.ref is not None and scores.units is None:
+        with pytest.raises(ValueError, match="reference"):
+            objective(replace(scores, ref=None), case.batch(0)[1], stats)
+
+
+ORDERLESS = [c for c in CASES if c.batch(0)[1].pairs is not None and "batch order" not in c.tags]
+
+
+@pytest.mark.parametrize("case", ORDERLESS, ids=lambda case: case.label)
+def test_pairs_in_another_order_give_the_same_losses_in_that_order(case):
+    """Rows have no memory of their place: permuting the rows with their indices changes nothing."""
+    scores, layout, stats = detach(case.batch(7))
+    order = torch.arange(len(layout.pairs)).flip(0)
+
+    def pick(value):
+        return value[order] if isinstance(value, torch.Tensor) else value
+
+    flipped = replace(layout.pairs, **{f: pick(getattr(layout.pairs, f)) for f in layout.pairs.__dataclass_fields__})
+    # Statistics per pair move with their pairs.
+    moved = {name: pick(x) if x.shape[:1] == order.shape else x for name, x in stats.items()}
+    objective = case.make(case.objective)
+    one, other = objective(scores, layout, stats), objective(scores, replace(layout, pairs=flipped), moved)
+    torch.testing.assert_close(one.loss, other.loss)
