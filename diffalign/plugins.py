@@ -1,8 +1,9 @@
-"""Components by file name: `diffalign/objectives/dpo.py` holds the objective `dpo`, and so on.
+"""Components by file name: `diffalign/families/sdxl.py` holds the family `sdxl`, and so on.
 
 A kind is a package folder; a plugin is a module in it whose name does not start with an underscore; its class is the
 module's one public class that the kind's base class accepts. Names are listed without importing anything.
-A name may also be `path/to/file.py`: a user's own plug-in outside the package.
+A name may also be `path/to/file.py`: a user's own plug-in outside the package. Objectives are the exception: those of the
+project are the named compositions of the preference core, several to a file (`diffalign.losses.catalogue`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from diffalign.errors import ConfigError, did_you_mean
 
 # kind -> (package, name of the base class that lives in the package's __init__)
 KINDS = {
-    "objectives": ("diffalign.objectives", "Objective"),
+    "objectives": ("diffalign.losses", "Objective"),
     "families": ("diffalign.families", "Family"),
     "readers": ("diffalign.data.readers", "Reader"),
-    "rewards": ("reward_models", "Reward"),
+    "rewards": ("reward_models", "RewardModel"),
 }
 _SINGULAR = {"objectives": "objective", "families": "family", "readers": "data format", "rewards": "reward"}
 
@@ -36,7 +39,11 @@ def _folder(kind: str) -> Path:
 
 
 def names(kind: str) -> list[str]:
-    """The plugin names of a kind, sorted, without importing them."""
+    """The plugin names of a kind, without importing them (but the preference core, for objectives); sorted."""
+    if kind == "objectives":
+        from diffalign import losses
+
+        return sorted(losses.names())
     return sorted(p.stem for p in _folder(kind).glob("*.py") if not p.stem.startswith("_"))
 
 
@@ -50,6 +57,10 @@ def find(kind: str, name: str) -> type:
     package, base_name = KINDS[kind]
     if name.endswith(".py"):
         module = _load_file(kind, Path(name))
+    elif kind == "objectives" and name in names(kind):
+        from diffalign import losses
+
+        return losses.find(name)
     elif name in names(kind):
         module = importlib.import_module(f"{package}.{name}")
     else:
@@ -77,7 +88,9 @@ def _base(kind: str) -> type:
     return getattr(importlib.import_module(owner), base_name)  # type: ignore[no-any-return]
 
 
+@cache
 def _load_file(kind: str, path: Path) -> ModuleType:
+    """Run a user's file once; a file that failed may be tried again."""
     if not path.is_file():
         raise ConfigError(f"{_SINGULAR[kind]} file {str(path)!r} does not exist")
     # Two files of one stem are two modules; dataclasses and `inspect` look their module up in sys.modules.
@@ -97,8 +110,39 @@ def _load_file(kind: str, path: Path) -> ModuleType:
     return module
 
 
+def has_class(kind: str, path: str) -> bool:
+    """Whether a user's `.py` file defines a plugin class of a kind.
+
+    Raises:
+        ConfigError: no such file, or one that does not run.
+    """
+    module, base = _load_file(kind, Path(path)), _base(kind)
+    return any(
+        issubclass(member, base) and member.__module__ == module.__name__
+        for _, member in inspect.getmembers(module, inspect.isclass)
+    )
+
+
+def find_function(kind: str, path: str, name: str) -> Callable[..., Any]:
+    """A function of a user's `.py` file.
+
+    Raises:
+        ConfigError: no such file, one that does not run, or no such function in it.
+    """
+    functions = dict(inspect.getmembers(_load_file(kind, Path(path)), inspect.isfunction))
+    if name not in functions:
+        raise ConfigError(
+            f"{_SINGULAR[kind]} file {path!r} has no function {name!r}{did_you_mean(name, functions)} "
+            f"It has: {', '.join(functions) or 'none'}"
+        )
+    found: Callable[..., Any] = functions[name]
+    return found
+
+
 def name_of(cls: type) -> str:
     """The plugin name of a class: its module's file name (or its path, for a user's own file)."""
     if cls.__module__.startswith("diffalign_user_"):
         return str(inspect.getfile(cls))
+    if cls.__module__.startswith("diffalign.losses."):
+        return cls.name  # type: ignore[attr-defined,no-any-return]
     return cls.__module__.rpartition(".")[2]

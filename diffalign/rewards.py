@@ -1,9 +1,10 @@
-"""The reward contract, how rewards are found and called, and the few functions that pixel rewards share.
+"""The reward contracts, how rewards are found and called, and the few functions that pixel rewards share.
 
-A reward lives in one file of `reward_models/` (or in a user's own `.py` file) and imports nothing of ours but this
-module. Layout, range and type of its inputs are checked here, at the border, so that no reward guesses them again.
+A reward judges pictures (`Reward`) or texts (`TextReward`). It lives in one file of `reward_models/` (or in a user's own
+`.py` file) and imports nothing of ours but this module; for texts a plain function will do. Layout, range and type of its
+inputs are checked here, at the border, so that no reward guesses them again.
 
-Shapes: B images, H x W pixels, D embedding width.
+Shapes: B images or texts, H x W pixels, D embedding width.
 """
 
 from __future__ import annotations
@@ -30,20 +31,18 @@ RANGE_SLACK = 1e-3  # resampling and 16-bit decoding overshoot [0, 1] by less; [
 
 
 class RewardError(UserError):
-    """A reward got pictures it cannot score, or returned something that is not a score."""
+    """A reward got something it cannot score, or returned something that is not a score."""
 
 
-class Reward(ABC):
-    """A reward model: pictures and prompts in, one number per picture out, higher is better.
+class RewardModel(ABC):
+    """What rewards of pictures and of texts state about themselves, and how they are loaded.
 
     Loading happens in `__init__`; packages that take long to import are imported there and not at the top of the file.
-    A reward keeps the gradient from its output to the pixels if it says `differentiable`; whether one is wanted is the
-    caller's choice, so it contains no `no_grad` on the way from pixels to score. Its own weights are frozen.
 
     Attributes:
         range: lowest and highest possible score; infinite where there is no bound.
         unit: what one unit of the score means, and typical values.
-        differentiable: whether gradient reaches the pixels.
+        differentiable: whether gradient reaches the pixels; never the case for texts.
         weights: `id@revision` of everything downloaded, None if there is nothing to download.
         licence: of the weights (of the code, where there are none).
         gap: the known difference to the original implementation.
@@ -78,6 +77,14 @@ class Reward(ABC):
             name = plugins.name_of(cls)
             raise ConfigError(f"reward '{name}:{argument}': {name!r} takes nothing after a colon; write {name!r}")
 
+
+class Reward(RewardModel):
+    """A reward of pictures: pictures and prompts in, one number per picture out, higher is better.
+
+    It keeps the gradient from its output to the pixels if it says `differentiable`; whether one is wanted is the
+    caller's choice, so it contains no `no_grad` on the way from pixels to score. Its own weights are frozen.
+    """
+
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
         """Score pictures.
@@ -89,6 +96,32 @@ class Reward(ABC):
 
         Returns:
             float32 scores, shape (B,).
+        """
+
+
+class TextReward(RewardModel):
+    """A reward of texts: prompts and completions in, one number per completion out, higher is better."""
+
+    differentiable: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """How messages call this reward."""
+        return plugins.name_of(type(self))
+
+    @abstractmethod
+    def __call__(
+        self, prompts: list[str], completions: list[str], metadata: list[dict[str, Any]] | None = None
+    ) -> Tensor:
+        """Score completions.
+
+        Args:
+            prompts: B texts, without chat markers; of a conversation, the last user's message.
+            completions: B texts, without chat markers.
+            metadata: B dictionaries of the data set's other columns, for rewards that need more than the prompt.
+
+        Returns:
+            float32 scores, shape (B,); NaN where the reward has no opinion.
         """
 
 
@@ -124,7 +157,7 @@ def split_name(name: str) -> tuple[str, str | None]:
     return plugin, argument if colon else None
 
 
-def find(name: str) -> tuple[type[Reward], str | None]:
+def find(name: str) -> tuple[type[RewardModel], str | None]:
     """The class of a reward and its argument, checked without loading any weights.
 
     Args:
@@ -136,24 +169,75 @@ def find(name: str) -> tuple[type[Reward], str | None]:
     plugin, argument = split_name(name)
     if not plugin.endswith(".py"):
         check_siblings()
-    cls = cast("type[Reward]", plugins.find("rewards", plugin))
+    cls = cast("type[RewardModel]", plugins.find("rewards", plugin))
     if missing := [fact for fact in _FACTS if not any(fact in vars(base) for base in cls.__mro__)]:
-        raise ConfigError(f"reward {plugin!r} does not state its {', '.join(missing)}; see diffalign.rewards.Reward")
+        raise ConfigError(
+            f"reward {plugin!r} does not state its {', '.join(missing)}; see diffalign.rewards.RewardModel"
+        )
     cls.check_argument(argument)
     return cls, argument
 
 
 def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Reward:
-    """Load a reward by name, such as "pickscore", "world_taste:outlined" or "my_reward.py".
+    """Load a reward of pictures by name, such as "pickscore", "world_taste:outlined" or "my_reward.py".
 
     Raises:
-        ConfigError: see `find`.
+        ConfigError: see `find`; or a reward of texts, which `load_text` loads.
         RewardError: its weights cannot be read.
     """
+    check_images(name)
     cls, argument = find(name)
     if argument is None:
-        return cls(device, dtype)
+        return cast("Callable[..., Reward]", cls)(device, dtype)
     return cast("Callable[..., Reward]", cls)(device, dtype, argument)
+
+
+def load_text(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TextReward:
+    """Load a reward of texts by name, such as "text_world:correct", "my_reward.py" or "my_rewards.py:function".
+
+    Such a function has the signature of TRL's reward functions: `f(prompts, completions, **columns) -> list[float]`.
+
+    Raises:
+        ConfigError: no such reward or function, a reward of pictures, or a signature that does not fit.
+        RewardError: its weights cannot be read.
+    """
+    source, argument = split_name(name)
+    if source.endswith(".py") and argument is not None and not plugins.has_class("rewards", source):
+        from diffalign.reward_functions import FunctionReward
+
+        return FunctionReward(device, dtype, name, function=plugins.find_function("rewards", source, argument))
+    cls, argument = find(name)
+    if not issubclass(cls, TextReward):
+        raise ConfigError(f"reward {name!r} judges pictures, one that judges texts is needed; choose another")
+    if argument is None:
+        return cls(device, dtype)
+    return cast("Callable[..., TextReward]", cls)(device, dtype, argument)
+
+
+def check_images(name: str) -> None:
+    """Refuse, without loading any weights, a name that `load` could not load.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    cls, _ = find(name)
+    if not issubclass(cls, Reward):
+        raise ConfigError(f"reward {name!r} judges texts, one that judges pictures is needed; choose another")
+
+
+def check_text(name: str) -> None:
+    """Refuse, without loading any weights, a name that `load_text` could not load.
+
+    Raises:
+        ConfigError: see `load_text`.
+    """
+    source, argument = split_name(name)
+    if source.endswith(".py") and argument is not None and not plugins.has_class("rewards", source):
+        load_text(name)
+        return
+    cls, _ = find(name)
+    if not issubclass(cls, TextReward):
+        raise ConfigError(f"reward {name!r} judges pictures, one that judges texts is needed; choose another")
 
 
 def describe(name: str) -> Description:
@@ -228,6 +312,47 @@ def score(
     return torch.cat(scores) if scores else torch.zeros(0)
 
 
+def score_texts(
+    reward: TextReward,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    metadata: Sequence[dict[str, Any]] | None = None,
+    *,
+    batch_size: int = 256,
+    missing: bool = False,
+) -> Tensor:
+    """Score any number of texts, with everything checked on the way in and out.
+
+    Args:
+        reward: a loaded reward.
+        prompts: B texts.
+        completions: B texts.
+        metadata: B dictionaries or None.
+        batch_size: texts per call of the reward.
+        missing: let NaN through, which says that the reward has no opinion (TRL's None).
+
+    Returns:
+        float32 scores, shape (B,), without gradient, on the CPU.
+
+    Raises:
+        RewardError: a count that does not match; an answer of the wrong shape or not finite, with the prompts it
+            belongs to.
+    """
+    for what, given in (("prompts", prompts), ("completions", completions), ("metadata entries", metadata)):
+        if isinstance(given, str):
+            raise RewardError(f"reward {reward.name!r}: got one text as {what}; a list with one each expected")
+        if given is not None and len(given) != len(completions):
+            raise RewardError(f"reward {reward.name!r}: got {len(given)} {what} for {len(completions)} completions")
+    scores = []
+    for start in range(0, len(completions), batch_size):
+        part = slice(start, start + batch_size)
+        asked = list(prompts[part])
+        answer = reward(asked, list(completions[part]), list(metadata[part]) if metadata is not None else None)
+        _check_output(reward.name, answer, asked, missing=missing)
+        scores.append(answer.detach().float().cpu())
+    return torch.cat(scores) if scores else torch.zeros(0)
+
+
 def _check_input(
     name: str,
     reward: Reward,
@@ -255,13 +380,14 @@ def _check_input(
             )
 
 
-def _check_output(name: str, answer: Tensor, prompts: list[str]) -> None:
+def _check_output(name: str, answer: Tensor, prompts: list[str], *, missing: bool = False) -> None:
     if tuple(answer.shape) != (len(prompts),):
         raise RewardError(
             f"reward {name!r} returned shape {tuple(answer.shape)} instead of ({len(prompts)},) for the prompts "
             f"{_shown(prompts)}"
         )
-    bad = [prompt for prompt, good in zip(prompts, answer.detach().isfinite().tolist(), strict=True) if not good]
+    fine = answer.detach().isfinite() | (answer.isnan() & missing)
+    bad = [prompt for prompt, good in zip(prompts, fine.tolist(), strict=True) if not good]
     if bad:
         raise RewardError(f"reward {name!r} returned NaN or infinity for the prompts {_shown(bad)}")
 

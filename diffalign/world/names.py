@@ -8,18 +8,21 @@ from diffalign.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "models"
 TINY_BASES = ("tiny-sdxl",)
+TINY_LMS = ("tiny-lm",)
+_HEADS = {"model_index.json": "scripts/build_tiny_sdxl.py", "config.json": "scripts/build_tiny_lm.py"}
 
 
 def base_folder(name: str) -> Path:
-    """The shipped diffusers folder of a tiny base.
+    """The shipped folder of a tiny base: a diffusers pipeline (`TINY_BASES`) or a transformers model (`TINY_LMS`).
 
     Raises:
         ConfigError: the base is not part of this installation.
     """
     folder = FOLDER / name
-    if not (folder / "model_index.json").is_file():
+    head = "config.json" if name in TINY_LMS else "model_index.json"
+    if not (folder / head).is_file():
         raise ConfigError(
-            f"tiny base {name!r} is not installed at {folder}; shipped: {', '.join(TINY_BASES)}; "
-            "rebuild it with scripts/build_tiny_sdxl.py"
+            f"tiny base {name!r} is not installed at {folder}; shipped: {', '.join(TINY_BASES + TINY_LMS)}; "
+            f"rebuild it with {_HEADS[head]}"
         )
     return folder
