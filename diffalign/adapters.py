@@ -4,6 +4,7 @@ The reference of a preference loss is the same network with its adapters off, so
 weight: initialisations that do are refused, and `adapters_off` is exact to the bit.
 
 Shapes: `r` rank; a linear adapter is A (r, in), B (out, r); a convolution's is A (r, in, kh, kw), B (out, r, 1, 1).
+GPT-2's `Conv1D` is a linear layer whose weight is stored as (in, out).
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import peft
 import torch
 from diffusers.loaders import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from diffalign.config import LoraConfig
 from diffalign.errors import CheckpointError, ConfigError, did_you_mean
 
+Layer: TypeAlias = nn.Linear | nn.Conv2d | Conv1D
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,
@@ -31,6 +35,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "all": (),  # by place, not by ending
 }
 _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+# In a language model the presets go by place too: names of projections differ from one architecture to the next
+# (q_proj, c_attn, query_key_value, Wqkv), those of the blocks they stand in hardly.
+_IN_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_NOT_FEED_FORWARD = re.compile(r"mixer|mamba|ssm|router|(^|[._])gate$", re.IGNORECASE)  # state-space layers, routers
 
 # Checked against peft 0.21: what each of its initialisations does to a network.
 _SAFE_INITS = ("gaussian", "default", "orthogonal", "mica")
@@ -73,9 +81,9 @@ def check_lora(config: LoraConfig) -> None:
         raise ConfigError("lora.init: 'mica' cannot be combined with use_dora; use 'gaussian' or turn use_dora off")
 
 
-def base_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def base_layers(network: nn.Module) -> dict[str, Layer]:
     """Every linear and 2-d convolution layer by its path, looking through adapters that are already attached."""
-    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    found: dict[str, Layer] = {}
     inside = "\0"  # no path starts with it
     for path, module in network.named_modules():
         if path.startswith(inside):  # an adapter's own parts
@@ -83,9 +91,17 @@ def base_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         if isinstance(module, LoraLayer):
             inside = f"{path}."
             module = module.get_base_layer()
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Conv2d, Conv1D)):
             found[path] = module
     return found
+
+
+def head_path(network: nn.Module) -> str | None:
+    """The path of a language model's output projection; None for networks without one."""
+    if not isinstance(network, PreTrainedModel):
+        return None
+    head = network.get_output_embeddings()
+    return next((path for path, module in network.named_modules() if module is head), None) if head else None
 
 
 def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -96,22 +112,39 @@ def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str
         targets: a preset ("attention", "attention+ff", "all"), a name ending such as "to_q", or a list of both.
 
     Raises:
-        ConfigError: a target that no linear or convolution layer ends with.
+        ConfigError: a target that no linear or convolution layer ends with, or that names a language model's output
+            projection: log-probabilities are computed from its frozen weight in chunks, past any adapter.
     """
-    paths = list(base_layers(network))
+    head = head_path(network)
+    paths = [path for path in base_layers(network) if path != head]
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
     if not wanted:
         raise ConfigError(f"lora.targets: the list is empty; expected one of {', '.join(PRESETS)}, or name endings")
     chosen: set[str] = set()
     for target in wanted:
-        if target == "all":
-            hits = [path for path in paths if path.startswith(_BLOCKS)]
-        else:
-            hits = [path for path in paths if _ends_with(path, PRESETS.get(target, (target,)))]
+        if head is not None and target not in PRESETS and _ends_with(head, (target,)):
+            raise ConfigError(
+                f"lora.targets: {target!r} is the output projection, which stays frozen (log-probabilities are computed "
+                f"from it in chunks); presets without it: {', '.join(PRESETS)}"
+            )
+        hits = [path for path in paths if _is_target(network, path, target)]
         if not hits:
             raise ConfigError(_no_such_target(target, paths))
         chosen.update(hits)
     return [path for path in paths if path in chosen]
+
+
+def _is_target(network: nn.Module, path: str, target: str) -> bool:
+    if target not in PRESETS:
+        return _ends_with(path, (target,))
+    if not isinstance(network, PreTrainedModel):
+        return path.startswith(_BLOCKS) if target == "all" else _ends_with(path, PRESETS[target])
+    block = re.search(r"\.\d+\.(.*)", path)  # blocks are numbered; what is outside of them projects embeddings
+    if block is None:
+        return False
+    if target == "all" or _IN_ATTENTION.search(block[1]):
+        return True
+    return target == "attention+ff" and not _NOT_FEED_FORWARD.search(block[1])
 
 
 def _ends_with(path: str, endings: Sequence[str]) -> bool:
@@ -138,7 +171,7 @@ def attach(network: nn.Module, config: LoraConfig, name: str = "default", seed: 
     """Freeze a network and add a LoRA adapter to it.
 
     Args:
-        network: a diffusers model; on the meta device only shapes are made.
+        network: a diffusers model or a transformers language model; on the meta device only shapes are made.
         config: the adapter.
         name: adapter name; it becomes the only active one.
         seed: of the initialisation; the global generators are left as they were.
@@ -155,11 +188,12 @@ def attach(network: nn.Module, config: LoraConfig, name: str = "default", seed: 
     init = config.init.lower()
     if init in _LINEAR_ONLY_INITS:
         layers = base_layers(network)
-        convolution = next((path for path in paths if isinstance(layers[path], nn.Conv2d)), None)
-        if convolution is not None:
+        # a subclass of nn.Linear is a quantised layer
+        other = next((path for path in paths if type(layers[path]) is not nn.Linear), None)
+        if other is not None:
             raise ConfigError(
-                f"lora.init: {init!r} is for linear layers only, and the targets include the convolution "
-                f"{convolution!r}; use 'gaussian', or targets without convolutions such as 'attention'"
+                f"lora.init: {init!r} is for plain linear layers only, and the targets include {other!r} "
+                f"({type(layers[other]).__name__}); use 'gaussian', or targets without it"
             )
     alpha = config.rank if config.alpha is None else config.alpha
     settings = peft.LoraConfig(
@@ -187,7 +221,7 @@ def attach_modules(
     """Add an adapter whose rank and alpha are given layer by layer, as adapter files have them.
 
     Args:
-        network: a diffusers model; it is frozen, and the new adapter becomes the only active one.
+        network: a diffusers model or a language model; it is frozen, and the new adapter becomes the only active one.
         ranks: layer path -> rank.
         alphas: layer path -> alpha.
         use_rslora: scale alpha / sqrt(rank) instead of alpha / rank.
@@ -218,8 +252,8 @@ def _whole(number: float) -> int:
 
 
 def _inject(network: nn.Module, settings: peft.LoraConfig, paths: Sequence[str], name: str, seed: int) -> None:
-    if not isinstance(network, PeftAdapterMixin):
-        raise TypeError(f"adapters go on diffusers models; got {type(network).__name__}")
+    if not isinstance(network, (PeftAdapterMixin, PreTrainedModel)):
+        raise TypeError(f"adapters go on diffusers and transformers models; got {type(network).__name__}")
     if name in adapter_names(network):
         raise ConfigError(f"the network already has an adapter named {name!r}; choose another name")
     network.requires_grad_(False)
@@ -232,6 +266,7 @@ def _inject(network: nn.Module, settings: peft.LoraConfig, paths: Sequence[str],
             stack.enter_context(torch.device("meta"))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
         network.add_adapter(settings, adapter_name=name)
     attached = list(lora_layers(network, name))
     if sorted(attached) != sorted(paths):
@@ -345,10 +380,11 @@ def delta_weights(network: nn.Module, name: str = "default") -> dict[str, Tensor
     if any(layer.use_dora[name] for layer in layers.values()):
         raise ConfigError(f"adapter {name!r} is a DoRA adapter: it rescales the base and is no additive change")
     tensors = _tensors(network, name)
-    return {
+    found = {
         path: delta(tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], scale(layer, name))
         for path, layer in layers.items()
     }
+    return {path: d.T if isinstance(layers[path].get_base_layer(), Conv1D) else d for path, d in found.items()}
 
 
 def _named(network: nn.Module, name: str) -> dict[str, LoraLayer]:

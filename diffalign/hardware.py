@@ -16,7 +16,7 @@ from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 
 from diffalign.config import RunConfig, TrainingConfig
 from diffalign.errors import ConfigError, MissingExtraError
-from diffalign.families import Family, load_family
+from diffalign.families import DenoisingFamily, Family, load_family
 
 log = logging.getLogger(__name__)
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +48,18 @@ def make_accelerator(training: TrainingConfig, output_dir: str) -> Accelerator:
     if not accelerator.is_main_process:
         logging.getLogger("diffalign").setLevel(logging.WARNING)
     return accelerator
+
+
+def open_denoising(config: RunConfig, accelerator: Accelerator) -> DenoisingFamily:
+    """The family of a config whose model makes images.
+
+    Raises:
+        ConfigError: it is a language model's.
+    """
+    family = open_family(config, accelerator)
+    if not isinstance(family, DenoisingFamily):
+        raise ConfigError(f"model.family {config.model.family!r} works on texts; this needs a model that makes images")
+    return family
 
 
 def open_family(config: RunConfig, accelerator: Accelerator) -> Family:

@@ -1,4 +1,4 @@
-"""What an objective is given: latents, conditioning, labels, and the timestep and noise already drawn."""
+"""What the image side trains on: latents, conditioning, labels, and the timestep and noise already drawn."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from diffalign.losses import Items, Layout, Needs, Pairs
+from diffalign.schedules import sample_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,28 @@ class PairBatch:
     @property
     def rejected_conditioning(self) -> dict[str, Tensor]:
         return self.text | self.rejected_image
+
+    def rows(self, needs: Needs) -> tuple[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]], Layout]:
+        """What goes through the network, as arguments of `Policy.errors`, and its layout.
+
+        Chosen and rejected rows for objectives on pairs or on items of both labels; one side where only its label is read.
+        """
+        count, device = len(self), self.t.device
+        if "pairs" in needs.layout:
+            uid = torch.tensor([sample_seed(0, name, 0) for name in self.ids], device=device)
+            return self.stacked(), Layout(pairs=Pairs.halves(count, device, p=self.p, weight=self.weight, uid=uid))
+        index = torch.arange(count, device=device)
+        if needs.labels == (1,):
+            items = Items(index=index, label=torch.ones(count, device=device), weight=self.weight)
+            return (self.chosen, self.noise, self.t, self.chosen_conditioning), Layout(items=items)
+        if needs.labels == (0,):
+            items = Items(index=index, label=torch.zeros(count, device=device), weight=self.weight)
+            return (self.rejected, self.noise, self.t, self.rejected_conditioning), Layout(items=items)
+        # A pair whose label is uncertain says less about each of its images.
+        label = torch.cat([self.p, 1 - self.p])
+        index = torch.arange(2 * count, device=device)
+        weight = torch.cat([self.weight, self.weight])
+        return self.stacked(), Layout(items=Items(index=index, label=label, weight=weight))
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Chosen then rejected along the batch axis (2B), for one forward: latents, noise, timesteps, conditioning.

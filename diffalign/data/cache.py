@@ -47,7 +47,7 @@ from diffalign.data.encode import (
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.errors import DataError
-from diffalign.families import Family
+from diffalign.families import DenoisingFamily
 from diffalign.files import free_bytes
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class CacheBuilder:
         self,
         folder: Path,
         config: RunConfig,
-        family: Family,
+        family: DenoisingFamily,
         *,
         rank: int = 0,
         world: int = 1,

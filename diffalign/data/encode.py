@@ -17,7 +17,7 @@ from diffalign.data.images import UndecodableImage, buckets, decode, pair_bucket
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.errors import DataError
-from diffalign.families import ENCODERS, Conditioning, Family
+from diffalign.families import ENCODERS, Conditioning, DenoisingFamily
 from diffalign.schedules import generator_for
 
 
@@ -155,7 +155,7 @@ def prepare_all(
                 report.skip(result.record, result.reason, result.detail)
 
 
-def encode_images(family: Family, images: list[Prepared], batch_size: int) -> dict[str, Tensor]:
+def encode_images(family: DenoisingFamily, images: list[Prepared], batch_size: int) -> dict[str, Tensor]:
     """Latents (C, h, w) on the CPU by image key; images of one shape share a VAE call."""
     latents: dict[str, Tensor] = {}
     by_shape: dict[tuple[int, ...], list[Prepared]] = {}
@@ -172,7 +172,7 @@ def encode_images(family: Family, images: list[Prepared], batch_size: int) -> di
     return latents
 
 
-def encode_prompts(family: Family, prompts: list[str], batch_size: int = 16) -> dict[str, Conditioning]:
+def encode_prompts(family: DenoisingFamily, prompts: list[str], batch_size: int = 16) -> dict[str, Conditioning]:
     """Text conditioning on the CPU by prompt, without a batch axis."""
     found: dict[str, Conditioning] = {}
     for start in range(0, len(prompts), batch_size):
@@ -184,14 +184,14 @@ def encode_prompts(family: Family, prompts: list[str], batch_size: int = 16) -> 
     return found
 
 
-def note_truncation(family: Family, record: Record, report: DataReport) -> None:
+def note_truncation(family: DenoisingFamily, record: Record, report: DataReport) -> None:
     """Count a prompt whose end the text encoder will not see."""
     tokens, limit = family.count_tokens(record.prompt)
     if tokens > limit:
         report.note("truncated_prompt", f"{tokens} tokens, the encoder takes {limit}", record)
 
 
-def overflow_advice(family: Family) -> str:
+def overflow_advice(family: DenoisingFamily) -> str:
     """What to do about latents with infinities or NaN."""
     dtype = str(family.vae_dtype).removeprefix("torch.")
     return f"the VAE computes in {dtype}: set cache.encode_dtype=float32, or name an fp16-safe VAE in model.vae"
@@ -226,7 +226,7 @@ class LivePairs:
         self,
         records: Iterator[Record],
         preparer: Preparer,
-        family: Family,
+        family: DenoisingFamily,
         report: DataReport,
         workers: int = 2,
         limit: int | None = None,

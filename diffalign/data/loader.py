@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffalign.config import DenoisingConfig
 from diffalign.data.batch import PairBatch, PairExample, collate
 from diffalign.data.encode import EncodedPair
 from diffalign.errors import DataError
-from diffalign.families import Conditioning, Family
-from diffalign.objectives import Objective
+from diffalign.families import Conditioning, DenoisingFamily
 from diffalign.schedules import generator_for, sample_seed
 
 log = logging.getLogger(__name__)
@@ -92,19 +93,39 @@ class BatchPlan:
         return taken
 
 
+def draw(
+    config: DenoisingConfig, generator: torch.Generator, shape: tuple[int, ...], num_timesteps: int
+) -> tuple[int, Tensor, bool]:
+    """One sample's timestep, noise and whether its prompt is dropped.
+
+    Args:
+        config: range of the timesteps and share of dropped prompts.
+        generator: seeded by (seed, sample id, visit).
+        shape: of the latents.
+        num_timesteps: T of the schedule.
+    """
+    first, last = config.timestep_range(num_timesteps)
+    t = int(torch.randint(first, last + 1, (), generator=generator))
+    noise = torch.randn(shape, generator=generator)
+    dropped = bool(torch.rand((), generator=generator) < config.proportion_empty_prompts)
+    return t, noise, dropped
+
+
 class PairMicroBatches(Dataset[PairBatch]):
-    """Micro-batches by number, ready for the objective.
+    """Micro-batches by number, ready for the policy.
 
     Args:
         data: encoded pairs.
         plan: which samples form micro-batch k.
-        objective: draws timesteps and noise.
+        denoising: how timesteps are drawn and prompts dropped.
         family: for image conditioning and the length of the schedule.
         seed: of the draws.
     """
 
-    def __init__(self, data: PairData, plan: BatchPlan, objective: Objective, family: Family, seed: int) -> None:
-        self.data, self.plan, self.objective, self.seed = data, plan, objective, seed
+    def __init__(
+        self, data: PairData, plan: BatchPlan, denoising: DenoisingConfig, family: DenoisingFamily, seed: int
+    ) -> None:
+        self.data, self.plan, self.denoising, self.seed = data, plan, denoising, seed
         self.image_conditioning = family.image_conditioning
         self.num_timesteps = family.schedule.num_timesteps
 
@@ -115,7 +136,7 @@ class PairMicroBatches(Dataset[PairBatch]):
         """One pair, chosen first, with its timestep and noise for this visit; `keep_prompt` never drops the prompt."""
         pair = self.data.pair(index)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, pair.id, visit))
-        t, noise, dropped = self.objective.draw(generator, tuple(pair.latents[0].shape), self.num_timesteps)
+        t, noise, dropped = draw(self.denoising, generator, tuple(pair.latents[0].shape), self.num_timesteps)
         conditioning = [
             self.image_conditioning(size, crop, pair.target_size)
             for size, crop in zip(pair.original_sizes, pair.crops, strict=True)
@@ -135,7 +156,7 @@ class PairMicroBatches(Dataset[PairBatch]):
         )
 
 
-def micro_batches(dataset: PairMicroBatches, numbers: Iterator[int] | range, workers: int) -> Iterator[PairBatch]:
+def micro_batches(dataset: Dataset[Any], numbers: Iterator[int] | range, workers: int) -> Iterator[Any]:
     """Load micro-batches in the order of `numbers`, ahead of time with worker processes if there are any."""
     options: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
     loader = DataLoader(

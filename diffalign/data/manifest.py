@@ -13,7 +13,7 @@ from diffalign.config import DataConfig, RunConfig, to_tree
 from diffalign.data.prompts import load_prompts, normalised
 from diffalign.data.source import Source
 from diffalign.errors import DataError
-from diffalign.families import Family
+from diffalign.families import DenoisingFamily
 from diffalign.files import atomic_write_text, sha256
 
 VERSION = 1
@@ -21,7 +21,7 @@ VERSION = 1
 NEUTRAL_DATA_KEYS = ("keep_downloads", "max_disk_gb", "max_unusable", "sources")
 
 
-def fingerprint(config: RunConfig, family: Family) -> dict[str, Any]:
+def fingerprint(config: RunConfig, family: DenoisingFamily) -> dict[str, Any]:
     """Everything that determines a cache's contents, except the source's files."""
     data = {k: v for k, v in to_tree(config.data).items() if k not in NEUTRAL_DATA_KEYS}
     cache = {"dtype": config.cache.dtype, "encode_dtype": str(family.vae_dtype).removeprefix("torch.")}

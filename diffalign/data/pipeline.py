@@ -13,13 +13,14 @@ import importlib.util
 import logging
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from diffalign import plugins
 from diffalign.config import DataConfig
 from diffalign.data.prompts import load_prompts, normalised
 from diffalign.data.readers import Place, Reader, UnreadableShard
 from diffalign.data.record import ImageItem, Record
-from diffalign.data.report import DataReport
+from diffalign.data.report import DataReport, Located
 from diffalign.data.source import Source
 from diffalign.errors import ConfigError, DataError
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 EARLY_ROWS = 1000  # after so many rows a wrong format is told from a few bad rows
 LABELS_SEEN = 500  # labelled rows within which both sides must have won
 
-Filter = Callable[[Record], object]
+Filter = Callable[..., object]  # a `Record`, or for texts a `TextRecord`
 
 
 def check(config: DataConfig, source: Source) -> None:
@@ -76,7 +77,7 @@ def iterate(config: DataConfig, source: Source, report: DataReport) -> Iterator[
     reader: Reader = plugins.find("readers", config.format)()
     sides = _Sides(enabled=reader.labels)
     checked_early = False
-    with contextlib.closing(_read_all(config, source, reader, report)) as records:  # closing deletes downloads
+    with contextlib.closing(read_all(config, source, reader, report)) as records:  # closing deletes downloads
         for record in records:
             if why := rules.why_not(record):
                 report.skip(record, *why)
@@ -123,8 +124,12 @@ def is_held_out(prompt: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _read_all(config: DataConfig, source: Source, reader: Reader, report: DataReport) -> Generator[Record, None, None]:
-    """All shards' records. The first readable shard's schema must fit; a later one that does not is a bad shard."""
+def read_all(config: DataConfig, source: Source, reader: Reader, report: DataReport) -> Generator[Any, None, None]:
+    """All shards' records. The first readable shard's schema must fit; a later one that does not is a bad shard.
+
+    Raises:
+        DataError: the first readable shard's columns do not fit the format.
+    """
     checked = False
     with contextlib.closing(source.shards(report)) as shards:
         for shard, path in shards:
@@ -197,7 +202,7 @@ class _Rules:
             return "identical_images", ""
         if self.seen is not None and self._repeats(record.prompt, keys):
             return "duplicate", ""
-        if self.filter is not None and not _ask(self.filter, record):
+        if self.filter is not None and not ask(self.filter, record):
             return "filtered", ""
         return None
 
@@ -217,8 +222,12 @@ def _image_key(image: ImageItem) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def load_filter(spec: str) -> Filter:
+def load_filter(spec: str, setting: str = "data.filter") -> Filter:
     """The function named by `file.py:function`.
+
+    Args:
+        spec: the file and the function in it.
+        setting: what asks for it, for messages.
 
     Raises:
         ConfigError: not of that form, no such file or function, or the file does not run.
@@ -226,25 +235,30 @@ def load_filter(spec: str) -> Filter:
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser()
     if not file or not name.isidentifier():
-        raise ConfigError(f"data.filter: got {spec!r}; file.py:function expected")
+        raise ConfigError(f"{setting}: got {spec!r}; file.py:function expected")
     if not path.is_file():
-        raise ConfigError(f"data.filter: file {file!r} does not exist; file.py:function expected")
+        raise ConfigError(f"{setting}: file {file!r} does not exist; file.py:function expected")
     module_spec = importlib.util.spec_from_file_location(f"diffalign_user_filter_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"data.filter: {file!r} is not a Python file; file.py:function expected")
+        raise ConfigError(f"{setting}: {file!r} is not a Python file; file.py:function expected")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # the user's code may raise anything
-        raise ConfigError(f"data.filter: {file} does not run: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{setting}: {file} does not run: {type(error).__name__}: {error}") from error
     function = vars(module).get(name)
     if not callable(function):
         known = ", ".join(k for k, v in vars(module).items() if callable(v) and not k.startswith("_"))
-        raise ConfigError(f"data.filter: {file} has no function {name!r}; it has {known or 'none'}")
+        raise ConfigError(f"{setting}: {file} has no function {name!r}; it has {known or 'none'}")
     return function  # type: ignore[no-any-return]
 
 
-def _ask(function: Filter, record: Record) -> bool:
+def ask(function: Filter, record: Located) -> bool:
+    """Whether the user's filter keeps a record.
+
+    Raises:
+        DataError: it failed, or returned nothing.
+    """
     where = f"record {record.id} (row {record.meta.get('row')} of {record.meta.get('shard')})"
     try:
         answer = function(record)

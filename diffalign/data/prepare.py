@@ -22,7 +22,7 @@ from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.data.source import Source, resolve
 from diffalign.errors import DataError
-from diffalign.families import ENCODERS, Family
+from diffalign.families import ENCODERS, DenoisingFamily
 from diffalign.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Prepared:
     report: DataReport
 
 
-def prepare(config: RunConfig, family: Family, accelerator: Accelerator) -> Prepared:
+def prepare(config: RunConfig, family: DenoisingFamily, accelerator: Accelerator) -> Prepared:
     """Encoded pairs of a run; the encoders are out of memory again afterwards if the cache is used.
 
     Raises:
@@ -147,7 +147,7 @@ def build(
     config: RunConfig,
     data: DataConfig,
     source: Source,
-    family: Family,
+    family: DenoisingFamily,
     accelerator: Accelerator,
     wanted: dict[str, object],
 ) -> Prepared:

@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from diffalign.data.record import Record
 from diffalign.errors import DataError
 from diffalign.files import atomic_write_text
 
@@ -22,6 +21,16 @@ LISTED = 1000  # rows listed per reason; the counts go on
 RULES = frozenset(
     {"unlabelled", "tie", "duplicate", "identical_images", "excluded_prompt", "filtered", "beyond_max_pairs"}
 )
+
+
+class Located(Protocol):
+    """A record (of images or of texts) that says where it came from."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def meta(self) -> Mapping[str, Any]: ...
 
 
 @dataclass
@@ -59,7 +68,7 @@ class DataReport:
         self.rows += rows
 
     def skip(
-        self, record: Record | str, reason: str, detail: str = "", *, shard: str = "", row: int | str = ""
+        self, record: Located | str, reason: str, detail: str = "", *, shard: str = "", row: int | str = ""
     ) -> None:
         """Take a row that was counted by `read` out.
 
@@ -72,7 +81,7 @@ class DataReport:
         self.skipped[reason] += 1
         self._list(reason, record, detail, shard, row)
 
-    def note(self, reason: str, detail: str = "", record: Record | str = "", *, count: int = 1) -> None:
+    def note(self, reason: str, detail: str = "", record: Located | str = "", *, count: int = 1) -> None:
         """Count something that removes no row."""
         self.notes[reason] += count
         self._list(reason, record, detail, "", "")
@@ -81,11 +90,11 @@ class DataReport:
         """Say that a shard (or its rest) was lost."""
         self.bad_shards.append({"shard": shard, "detail": detail})
 
-    def _list(self, reason: str, record: Record | str, detail: str, shard: str, row: int | str) -> None:
+    def _list(self, reason: str, record: Located | str, detail: str, shard: str, row: int | str) -> None:
         entries = self.listed.setdefault(reason, [])
         if len(entries) >= LISTED:
             return
-        if isinstance(record, Record):
+        if not isinstance(record, str):
             shard, row = shard or record.meta.get("shard", ""), record.meta.get("row", row)
             record = record.id
         entry = {"id": record, "shard": shard, "row": row, "detail": detail}

@@ -23,7 +23,7 @@ from diffalign.config import DataConfig
 from diffalign.data.hub import Hub, HubError, HuggingFaceHub, Listing
 from diffalign.data.readers import Reader, split_name
 from diffalign.data.report import DataReport
-from diffalign.errors import DataError
+from diffalign.errors import ConfigError, DataError
 from diffalign.files import free_bytes
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,11 @@ ADVICE = (
     "The official Pick-a-Pic ids (yuvalkirstain/pickapic_v1, _v2) have been gone from the hub since April 2025: name a "
     "local folder or a mirror's id in data.sources, or use the open set with "
     f"data.format=image_preferences data.sources=[{FALLBACK}]"
+)
+
+
+TEXT_ADVICE = (
+    "Name a local JSONL, JSON, parquet or CSV file (or a folder of them), or a hub data set id, in data.sources"
 )
 
 
@@ -300,12 +305,17 @@ def resolve(config: DataConfig, hub: Hub | None = None) -> Source:
         hub: for tests; None is the Hugging Face hub.
 
     Raises:
-        ConfigError: no such format.
+        ConfigError: no such format, or a setting that this format does not have.
         DataError: nothing is usable; the message has each entry's reason and what to do.
     """
-    if not config.sources:
-        raise DataError(f"data.sources is empty; expected local paths or hub data set ids, tried in order. {ADVICE}")
     reader: Reader = plugins.find("readers", config.format)()
+    if config.rename and reader.modality == "image":
+        raise ConfigError(
+            f"data.rename: data.format={config.format} has fixed columns; remove it (text formats have it)"
+        )
+    advice = ADVICE if reader.modality == "image" else TEXT_ADVICE
+    if not config.sources:
+        raise DataError(f"data.sources is empty; expected local paths or hub data set ids, tried in order. {advice}")
     hub = hub or HuggingFaceHub()
     tried: list[tuple[str, str]] = []
     for spec in config.sources:
@@ -319,7 +329,7 @@ def resolve(config: DataConfig, hub: Hub | None = None) -> Source:
         log.info("data: %s", source.describe())
         return source
     reasons = "; ".join(f"{spec}: {reason}" for spec, reason in tried)
-    raise DataError(f"no data source can be used. Tried {reasons}. {ADVICE}")
+    raise DataError(f"no data source can be used. Tried {reasons}. {advice}")
 
 
 def _try(spec: str, config: DataConfig, reader: Reader, hub: Hub) -> Source:
@@ -406,11 +416,11 @@ def _shards(files: Sequence[str], config: DataConfig, reader: Reader, split: str
     splits = sorted({name for f in files if (name := split_name(f))} - {split})
     if any(reader.shards(files, other) for other in splits):
         raise _NotUsable(f"no shards of split {split!r}; it has {', '.join(splits)}: set data.split")
-    others = [n for n in plugins.names("readers") if n != config.format and _reads(n, files, split)]
+    others = [n for n in plugins.names("readers") if n != config.format and _reads(n, reader.modality, files, split)]
     hint = f"; data.format={' or '.join(others)} might read it" if others else ""
     raise _NotUsable(f"no files of format {config.format!r} ({reader.layout}){hint}")
 
 
-def _reads(name: str, files: Sequence[str], split: str) -> bool:
+def _reads(name: str, modality: str, files: Sequence[str], split: str) -> bool:
     reader: Reader = plugins.find("readers", name)()
-    return bool(reader.shards(files, split))
+    return reader.modality == modality and bool(reader.shards(files, split))

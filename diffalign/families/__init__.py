@@ -1,18 +1,20 @@
 """Model families: one file each. A family knows how its models are loaded, conditioned, called and sampled.
 
-Everything else (objectives, cache, trainer) sees only this interface: prompts become a dict of tensors, images become
-latents, and `predict` returns the network's own prediction for noisy latents.
+What all have in common is `Family`. A denoising family turns prompts into a dict of tensors and images into latents, and
+`predict` returns the network's own prediction for noisy latents. A language model's family has a tokenizer instead.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.config import ModelConfig, SamplingConfig
+from diffalign.losses import Kind
 from diffalign.schedules import Schedule
 
 Conditioning = dict[str, Tensor]
@@ -20,18 +22,20 @@ NETWORK, ENCODERS, DECODER = "network", "encoders", "decoder"
 
 
 class Family(ABC):
-    """A model of one family. Parts are loaded on demand, so that encoders and network need not be in memory together.
+    """A model of one family. Parts are loaded on demand, so that not all need be in memory together.
 
     Args:
         config: which model.
         device: where parts go.
-        dtype: of the frozen network and the text encoders.
-        vae_dtype: of the autoencoder.
+        dtype: of the frozen network (and of text encoders).
+        vae_dtype: of the autoencoder, where there is one.
     """
 
     title: ClassVar[str]  # for `diffalign list families`
-    resolution_step: ClassVar[int]  # image sides are multiples of this
+    modality: ClassVar[Literal["image", "text"]]
+    kind: ClassVar[Kind]  # of its scores
     attention_backends: ClassVar[tuple[str, ...]] = ("default",)  # what `training.attention` may name
+    lora_targets: ClassVar[Mapping[str, str | tuple[str, ...]]]  # what "attention", "attention+ff" and "all" stand for
 
     def __init__(
         self,
@@ -57,7 +61,7 @@ class Family(ABC):
 
     @abstractmethod
     def load(self, *parts: str) -> None:
-        """Bring parts ("network", "encoders", "decoder") into memory; those already there are left alone."""
+        """Bring parts ("network"; for images also "encoders", "decoder") into memory; those already there stay."""
 
     @abstractmethod
     def unload(self, *parts: str) -> None:
@@ -66,7 +70,15 @@ class Family(ABC):
     @property
     @abstractmethod
     def network(self) -> nn.Module:
-        """The UNet or transformer that is trained."""
+        """The network that is trained."""
+
+
+class DenoisingFamily(Family):
+    """A diffusion or flow model: images become latents, and the network predicts what was added to them."""
+
+    modality: ClassVar = "image"
+    kind: ClassVar = Kind.BOUND
+    resolution_step: ClassVar[int]  # image sides are multiples of this
 
     @property
     @abstractmethod

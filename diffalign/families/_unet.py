@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffalign.config import ModelConfig, SamplingConfig
 from diffalign.errors import ConfigError
-from diffalign.families import DECODER, ENCODERS, NETWORK, Conditioning, Family
+from diffalign.families import DECODER, ENCODERS, NETWORK, Conditioning, DenoisingFamily
 from diffalign.families._loading import (
     Location,
     check_vae,
@@ -27,7 +27,7 @@ from diffalign.schedules import Schedule
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
-class UNetFamily(Family):
+class UNetFamily(DenoisingFamily):
     """A latent UNet behind a stock diffusers pipeline. Subclasses add the conditioning."""
 
     resolution_step = 8

@@ -28,7 +28,7 @@ from diffalign.data.prepare import prepare
 from diffalign.data.report import DataReport
 from diffalign.data.source import resolve
 from diffalign.errors import DataError
-from diffalign.families import ENCODERS, Family, load_family
+from diffalign.families import ENCODERS, DenoisingFamily, load_family
 
 TinyConfig = Callable[..., RunConfig]
 PAIRS = 10  # of the shared data, without ties
@@ -36,12 +36,12 @@ SHARDS = 3  # of four pairs each
 
 
 @pytest.fixture(scope="module")
-def family(tiny_folder: Path) -> Family:
+def family(tiny_folder: Path) -> DenoisingFamily:
     return load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
 
 
 @pytest.fixture(autouse=True)
-def _encoders(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def _encoders(family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading the same encoders again and again would take most of the time here."""
     family.load(ENCODERS)
     monkeypatch.setattr(family, "unload", lambda *parts: None)
@@ -50,7 +50,7 @@ def _encoders(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
 class Calls:
     """What a family was asked to encode."""
 
-    def __init__(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch) -> None:
         self.prompts: list[str] = []
         self.images = 0
         encode_prompts, encode_images = family.encode_prompts, family.encode_images
@@ -68,11 +68,11 @@ class Calls:
 
 
 @pytest.fixture
-def calls(family: Family, monkeypatch: pytest.MonkeyPatch) -> Calls:
+def calls(family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch) -> Calls:
     return Calls(family, monkeypatch)
 
 
-def build(config: RunConfig, family: Family, rank: int = 0, world: int = 1) -> DataReport:
+def build(config: RunConfig, family: DenoisingFamily, rank: int = 0, world: int = 1) -> DataReport:
     """Build one process's share; the report of what was encoded."""
     report = DataReport()
     records = iterate(config.data, resolve(config.data), DataReport())
@@ -80,7 +80,7 @@ def build(config: RunConfig, family: Family, rank: int = 0, world: int = 1) -> D
     return report
 
 
-def run(config: RunConfig, family: Family) -> LatentCache:
+def run(config: RunConfig, family: DenoisingFamily) -> LatentCache:
     """The way of a real run."""
     data = prepare(config, family, Accelerator(cpu=True)).data
     assert isinstance(data, LatentCache)
@@ -111,7 +111,7 @@ def names(folder: Path, pattern: str) -> list[str]:
 
 
 def test_the_cache_holds_what_the_uncached_path_computes(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily
 ) -> None:
     config = tiny_config(tmp_path, data={"ties": "soft"})
     build(config, family)
@@ -125,7 +125,7 @@ def test_the_cache_holds_what_the_uncached_path_computes(
 
 
 def test_latents_are_those_of_the_image_and_the_labels_those_of_the_row(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, pair_parquet: Path
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, pair_parquet: Path
 ) -> None:
     config = tiny_config(tmp_path)
     build(config, family)
@@ -140,7 +140,9 @@ def test_latents_are_those_of_the_image_and_the_labels_those_of_the_row(
             torch.testing.assert_close(pair.latents[side], family.encode_images(pixels)[0], atol=1e-5, rtol=0)
 
 
-def test_the_storage_type_is_the_configured_one(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_the_storage_type_is_the_configured_one(
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily
+) -> None:
     config = tiny_config(tmp_path, cache={"dtype": "float16"})
     build(config, family)
     exact = tiny_config(tmp_path / "exact")
@@ -152,7 +154,7 @@ def test_the_storage_type_is_the_configured_one(tiny_config: TinyConfig, tmp_pat
 
 
 def test_each_distinct_prompt_is_encoded_once(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, calls: Calls
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, calls: Calls
 ) -> None:
     config = tiny_config(tmp_path)
     build(config, family)
@@ -163,7 +165,7 @@ def test_each_distinct_prompt_is_encoded_once(
 
 
 def test_an_image_that_a_shard_holds_twice_is_encoded_once(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, calls: Calls
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, calls: Calls
 ) -> None:
     config = tiny_config(tmp_path, cache={"shard_size": 100})
     build(config, family)
@@ -174,7 +176,7 @@ def test_an_image_that_a_shard_holds_twice_is_encoded_once(
     assert torch.equal(cached.pair(0).latents[0], cached.pair(1).latents[0])
 
 
-def test_a_prompt_that_is_cut_off_is_counted(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_a_prompt_that_is_cut_off_is_counted(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     report = build(tiny_config(tmp_path), family)
     assert report.notes["truncated_prompt"] == 2
     assert "the encoder takes 20" in report.listed["truncated_prompt"][0]["detail"]
@@ -182,7 +184,7 @@ def test_a_prompt_that_is_cut_off_is_counted(tiny_config: TinyConfig, tmp_path: 
     assert prepare(config, family, Accelerator(cpu=True)).report.notes["truncated_prompt"] == 2
 
 
-def test_the_report_accounts_for_every_row(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_the_report_accounts_for_every_row(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     config = tiny_config(tmp_path)
     report = prepare(config, family, Accelerator(cpu=True)).report
     assert (report.rows, report.kept) == (13, PAIRS)
@@ -190,7 +192,7 @@ def test_the_report_accounts_for_every_row(tiny_config: TinyConfig, tmp_path: Pa
     assert DataReport.load(config.cache_dir / "data_report.json").to_dict() == report.to_dict()
 
 
-def test_pairs_of_one_bucket_share_a_size(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_pairs_of_one_bucket_share_a_size(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     def png(height: int, width: int, shade: int) -> bytes:
         out = io.BytesIO()
         Image.new("RGB", (width, height), (shade, 0, 0)).save(out, "PNG")
@@ -221,7 +223,12 @@ def test_pairs_of_one_bucket_share_a_size(tiny_config: TinyConfig, tmp_path: Pat
 
 @pytest.mark.parametrize("step", ["images", "prompts", "pairs"])
 def test_a_killed_build_goes_on_to_the_same_cache(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch, step: str, calls: Calls
+    tiny_config: TinyConfig,
+    tmp_path: Path,
+    family: DenoisingFamily,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    calls: Calls,
 ) -> None:
     whole, config = tiny_config(tmp_path / "whole"), tiny_config(tmp_path / "killed")
     expected = build(whole, family)
@@ -247,7 +254,7 @@ def test_a_killed_build_goes_on_to_the_same_cache(
     assert report.skipped == expected.skipped
 
 
-def test_two_processes_build_what_one_builds(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_two_processes_build_what_one_builds(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     one, two = tiny_config(tmp_path / "one"), tiny_config(tmp_path / "two", cache={"shard_size": 2})
     expected = build(one, family)
     # The second first: nothing may depend on which of them is ahead.
@@ -258,7 +265,9 @@ def test_two_processes_build_what_one_builds(tiny_config: TinyConfig, tmp_path: 
     assert report.notes == expected.notes
 
 
-def test_another_number_of_processes_may_finish(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_another_number_of_processes_may_finish(
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily
+) -> None:
     one, other = tiny_config(tmp_path / "one"), tiny_config(tmp_path / "other")
     build(one, family)
     build(other, family, rank=0, world=2)
@@ -267,7 +276,7 @@ def test_another_number_of_processes_may_finish(tiny_config: TinyConfig, tmp_pat
 
 
 def test_a_complete_cache_needs_no_encoder(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path)
     first = run(config, family)
@@ -280,7 +289,7 @@ def test_a_complete_cache_needs_no_encoder(
 
 
 def test_the_encoders_leave_memory(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     run(tiny_config(tmp_path), family)
@@ -289,7 +298,7 @@ def test_the_encoders_leave_memory(
 
 
 def test_no_space_keeps_what_is_there(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, config = tiny_config(tmp_path / "whole"), tiny_config(tmp_path / "full")
     build(whole, family)
@@ -316,7 +325,7 @@ def test_no_space_keeps_what_is_there(
     ],
 )
 def test_other_settings_are_refused_by_name(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, changes: dict[str, Any], message: str
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, changes: dict[str, Any], message: str
 ) -> None:
     run(tiny_config(tmp_path), family)
     with pytest.raises(DataError, match=rf"cache .* is stale: .*{message}.*Delete it, or name another cache\.dir"):
@@ -324,7 +333,7 @@ def test_other_settings_are_refused_by_name(
 
 
 def test_what_does_not_change_the_contents_is_not_compared(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, calls: Calls
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, calls: Calls
 ) -> None:
     run(tiny_config(tmp_path), family)
     calls.images = 0
@@ -340,7 +349,9 @@ def test_what_does_not_change_the_contents_is_not_compared(
         run(dataclasses.replace(cropped, seed=5), family)
 
 
-def test_other_encoders_are_refused(tiny_config: TinyConfig, tmp_path: Path, family: Family, tiny_folder: Path) -> None:
+def test_other_encoders_are_refused(
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, tiny_folder: Path
+) -> None:
     run(tiny_config(tmp_path), family)
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     weights = other / "text_encoder_2" / "model.safetensors"
@@ -354,7 +365,9 @@ def test_other_encoders_are_refused(tiny_config: TinyConfig, tmp_path: Path, fam
         run(tiny_config(tmp_path), load_family(tiny_config(tmp_path).model, dtype=torch.bfloat16))
 
 
-def test_a_filter_that_was_edited_is_another_filter(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_a_filter_that_was_edited_is_another_filter(
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily
+) -> None:
     file = tmp_path / "rules.py"
     file.write_text("def keep(record):\n    return True\n")
     config = tiny_config(tmp_path, data={"filter": f"{file}:keep"})
@@ -365,7 +378,7 @@ def test_a_filter_that_was_edited_is_another_filter(tiny_config: TinyConfig, tmp
 
 
 def test_other_source_files_are_refused(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, pair_parquet: Path
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, pair_parquet: Path
 ) -> None:
     folder = shutil.copytree(pair_parquet, tmp_path / "pairs")
     config = tiny_config(tmp_path / "run", data={"sources": [str(folder)]})
@@ -379,7 +392,7 @@ def test_other_source_files_are_refused(
         run(config, family)
 
 
-def test_an_unreadable_manifest(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_an_unreadable_manifest(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     config = tiny_config(tmp_path)
     run(config, family)
     (config.cache_dir / "manifest.json").write_text("{")
@@ -403,7 +416,7 @@ def remove(path: Path) -> None:
 def test_a_damaged_shard_of_images_is_named_and_made_again_alone(
     tiny_config: TinyConfig,
     tmp_path: Path,
-    family: Family,
+    family: DenoisingFamily,
     calls: Calls,
     shard: int,
     damage: Callable[[Path], None],
@@ -426,7 +439,9 @@ def test_a_damaged_shard_of_images_is_named_and_made_again_alone(
     assert all(path.stat().st_mtime_ns == before for path, before in others.items())
 
 
-def test_a_damaged_table_is_named_and_made_again(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_a_damaged_table_is_named_and_made_again(
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily
+) -> None:
     whole, config = tiny_config(tmp_path / "whole"), tiny_config(tmp_path / "damaged")
     expected = run(whole, family)
     run(config, family)
@@ -439,7 +454,7 @@ def test_a_damaged_table_is_named_and_made_again(tiny_config: TinyConfig, tmp_pa
 
 
 def test_damaged_prompts_are_named_and_made_again_alone(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, calls: Calls
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, calls: Calls
 ) -> None:
     whole, config = tiny_config(tmp_path / "whole"), tiny_config(tmp_path / "damaged")
     expected = run(whole, family)
@@ -457,7 +472,7 @@ def test_damaged_prompts_are_named_and_made_again_alone(
 
 
 def test_a_lost_manifest_entry_is_built_from_what_is_there(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, calls: Calls
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, calls: Calls
 ) -> None:
     config = tiny_config(tmp_path)
     run(config, family)
@@ -482,7 +497,7 @@ def bad_rows(folder: Path, n: int) -> str:
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_set_of_which_nothing_can_be_used(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, enabled: bool
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, enabled: bool
 ) -> None:
     source = bad_rows(tmp_path, 3)
     config = tiny_config(tmp_path, data={"sources": [source], "max_unusable": 1.0}, cache={"enabled": enabled})
@@ -490,7 +505,7 @@ def test_a_set_of_which_nothing_can_be_used(
         prepare(config, family, Accelerator(cpu=True))
 
 
-def test_a_filter_that_takes_everything(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_a_filter_that_takes_everything(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     (tmp_path / "rules.py").write_text("def keep(record):\n    return False\n")
     config = tiny_config(tmp_path, data={"filter": f"{tmp_path / 'rules.py'}:keep"})
     with pytest.raises(DataError, match=r"no pairs left\. 13 rows read, 0 kept, 11 filtered"):
@@ -498,7 +513,7 @@ def test_a_filter_that_takes_everything(tiny_config: TinyConfig, tmp_path: Path,
 
 
 def test_missing_columns_are_found_before_the_encoders_load(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pq.write_table(pa.Table.from_pylist([{"text": "x", "jpg_0": b""}]), tmp_path / "train.parquet")
 
@@ -519,7 +534,7 @@ def test_missing_columns_are_found_before_the_encoders_load(
 
 
 def test_the_uncached_path_outlives_an_unload(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path, cache={"enabled": False})
     data = prepare(config, family, Accelerator(cpu=True)).data
@@ -530,7 +545,7 @@ def test_the_uncached_path_outlives_an_unload(
     assert data.text("another prompt")["text_embeds"].shape == (32,)
 
 
-def test_handles_stay_in_their_process(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_handles_stay_in_their_process(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     import pickle
 
     config = tiny_config(tmp_path)
@@ -541,7 +556,7 @@ def test_handles_stay_in_their_process(tiny_config: TinyConfig, tmp_path: Path, 
 
 
 def test_no_more_files_stay_open_than_allowed(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path, cache={"shard_size": 1})
     build(config, family)

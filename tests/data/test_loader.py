@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffalign.config import DenoisingConfig
 from diffalign.data.batch import collate
 from diffalign.data.encode import EncodedPair
 from diffalign.data.loader import BatchPlan, PairMicroBatches, micro_batches
 from diffalign.errors import DataError
-from diffalign.families import Family
-from diffalign.objectives.dpo import DPO
-from diffalign.objectives.sft import SFT
+from diffalign.families import DenoisingFamily
 
 SQUARE, WIDE, TALL = (32, 32), (24, 40), (40, 24)
 
@@ -161,7 +160,10 @@ class Pairs:
 
 
 def dataset(
-    labels: Sequence[float] = (1.0, 0.0, 0.5), seed: int = 0, objective: Any = None, batch_size: int = 2
+    labels: Sequence[float] = (1.0, 0.0, 0.5),
+    seed: int = 0,
+    denoising: DenoisingConfig | None = None,
+    batch_size: int = 2,
 ) -> PairMicroBatches:
     def image_conditioning(*sizes: tuple[int, int]) -> dict[str, Tensor]:
         return {"time_ids": torch.tensor([float(x) for size in sizes for x in size])}
@@ -169,7 +171,7 @@ def dataset(
     family = SimpleNamespace(image_conditioning=image_conditioning, schedule=SimpleNamespace(num_timesteps=1000))
     data = Pairs(labels)
     made = BatchPlan(range(len(labels)), data.target_sizes, batch_size, seed)
-    return PairMicroBatches(data, made, objective or DPO(), cast(Family, family), seed)
+    return PairMicroBatches(data, made, denoising or DenoisingConfig(), cast(DenoisingFamily, family), seed)
 
 
 def drawn(example: Any) -> tuple[int, Tensor]:
@@ -219,9 +221,8 @@ def test_soft_labels_keep_their_strength() -> None:
     assert torch.all(b.chosen == 2)
 
 
-@pytest.mark.parametrize("kind", [DPO, SFT])
-def test_dropped_prompts_are_the_empty_one(kind: type) -> None:
-    never, some = dataset(objective=kind()), dataset(objective=kind(proportion_empty_prompts=0.3))
+def test_dropped_prompts_are_the_empty_one() -> None:
+    never, some = dataset(), dataset(denoising=DenoisingConfig(proportion_empty_prompts=0.3))
     assert all(never.example(0, visit).text["hidden"][0] == 8 for visit in range(50))
     lengths = Counter(float(some.example(0, visit).text["hidden"][0]) for visit in range(400))
     assert set(lengths) == {0.0, 8.0}
@@ -231,9 +232,9 @@ def test_dropped_prompts_are_the_empty_one(kind: type) -> None:
 
 
 def test_the_range_of_timesteps() -> None:
-    narrow = dataset(objective=DPO(timestep_min=10, timestep_max=12))
+    narrow = dataset(denoising=DenoisingConfig(timestep_min=10, timestep_max=12))
     assert {narrow.example(0, visit).t for visit in range(60)} == {10, 11, 12}
-    everything = {dataset(objective=DPO(timestep_min=998)).example(0, visit).t for visit in range(60)}
+    everything = {dataset(denoising=DenoisingConfig(timestep_min=998)).example(0, visit).t for visit in range(60)}
     assert everything == {998, 999}
 
 

@@ -32,24 +32,24 @@ from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.data.source import resolve
 from diffalign.errors import DataError
-from diffalign.families import ENCODERS, Family, load_family
+from diffalign.families import ENCODERS, DenoisingFamily, load_family
 
 TinyConfig = Callable[..., RunConfig]
 FILE = "data/train-00000-of-00001.parquet"
 
 
 @pytest.fixture(scope="module")
-def family(tiny_folder: Path) -> Family:
+def family(tiny_folder: Path) -> DenoisingFamily:
     return load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
 
 
 @pytest.fixture(autouse=True)
-def _encoders(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def _encoders(family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     family.load(ENCODERS)
     monkeypatch.setattr(family, "unload", lambda *parts: None)
 
 
-def run(config: RunConfig, family: Family) -> PairData:
+def run(config: RunConfig, family: DenoisingFamily) -> PairData:
     return prepare(config, family, Accelerator(cpu=True)).data
 
 
@@ -130,7 +130,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair_parquet: Path) -> 
 
 
 def test_an_empty_folder_is_passed_over_at_every_start(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, pair_parquet: Path
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, pair_parquet: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     config = tiny_config(tmp_path, data={"sources": [str(tmp_path / "empty"), str(pair_parquet)]})
@@ -139,7 +139,7 @@ def test_an_empty_folder_is_passed_over_at_every_start(
 
 
 def test_a_cache_from_the_hub_is_not_compared_with_local_files(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, hub: FolderHub
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, hub: FolderHub
 ) -> None:
     local = rows(tmp_path / "local", "+++")
     for order in (["owner/a", local], [local, "owner/a"]):
@@ -151,7 +151,7 @@ def test_a_cache_from_the_hub_is_not_compared_with_local_files(
 
 @pytest.mark.parametrize("spec", ["owner/a", "owner/a@aaaa1111", "owner/a@aaaa111"])
 def test_a_complete_cache_goes_with_its_data_set(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, hub: FolderHub, spec: str
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, hub: FolderHub, spec: str
 ) -> None:
     run(tiny_config(tmp_path, data={"sources": ["owner/a"]}), family)
     hub.asked = 0
@@ -161,7 +161,7 @@ def test_a_complete_cache_goes_with_its_data_set(
 
 @pytest.mark.parametrize("spec", ["owner/b", "owner/a@cccc2222", "local"])
 def test_a_complete_cache_of_another_source_is_refused(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, hub: FolderHub, spec: str
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, hub: FolderHub, spec: str
 ) -> None:
     run(tiny_config(tmp_path, data={"sources": ["owner/a"]}), family)
     spec = rows(tmp_path / "local", "+++") if spec == "local" else spec
@@ -171,7 +171,7 @@ def test_a_complete_cache_of_another_source_is_refused(
 
 
 def test_a_complete_cache_of_local_files_is_refused_for_the_hub(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, hub: FolderHub
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, hub: FolderHub
 ) -> None:
     local = Path(rows(tmp_path / "local", "+++"))
     run(tiny_config(tmp_path, data={"sources": [str(local)]}), family)
@@ -182,7 +182,7 @@ def test_a_complete_cache_of_local_files_is_refused_for_the_hub(
 
 
 def test_a_partial_cache_does_not_go_on_from_another_source(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, hub: FolderHub, pair_parquet: Path
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, hub: FolderHub, pair_parquet: Path
 ) -> None:
     config = tiny_config(tmp_path, data={"sources": ["owner/a"]})
     run(config, family)
@@ -200,7 +200,9 @@ def test_a_partial_cache_does_not_go_on_from_another_source(
     assert len(run(tiny_config(tmp_path, data={"sources": ["owner/a@aaaa1111"]}), family)) == 10
 
 
-def test_a_partial_cache_goes_on_from_moved_files_only(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_a_partial_cache_goes_on_from_moved_files_only(
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily
+) -> None:
     config = tiny_config(tmp_path, data={"sources": [rows(tmp_path / "one", "+++")]})
     run(config, family)
     partial(config)
@@ -219,7 +221,7 @@ def test_a_partial_cache_goes_on_from_moved_files_only(tiny_config: TinyConfig, 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_max_pairs_counts_pairs_that_can_be_used(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, enabled: bool, workers: int
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, enabled: bool, workers: int
 ) -> None:
     source = rows(tmp_path, "+-+-+-+-+-+-" + "+" * 20)
     config = tiny_config(
@@ -230,7 +232,7 @@ def test_max_pairs_counts_pairs_that_can_be_used(
     assert (found.report.rows, found.report.kept, dict(found.report.skipped)) == (18, 12, {"undecodable": 6})
 
 
-def test_max_pairs_after_a_kill(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_max_pairs_after_a_kill(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     source = rows(tmp_path, "+-+-+-+-+-+-" + "+" * 20)
     config = tiny_config(tmp_path, data={"sources": [source], "max_pairs": 9})
     first = prepare(config, family, Accelerator(cpu=True))
@@ -240,7 +242,7 @@ def test_max_pairs_after_a_kill(tiny_config: TinyConfig, tmp_path: Path, family:
     assert again.report.to_dict() == first.report.to_dict()
 
 
-def test_several_processes_take_their_shares(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_several_processes_take_their_shares(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     source = rows(tmp_path, "+" * 3 + "-+" * 4 + "+" * 20)
     config = tiny_config(tmp_path, data={"sources": [source], "max_pairs": 7})
     parts = []
@@ -258,7 +260,7 @@ def test_several_processes_take_their_shares(tiny_config: TinyConfig, tmp_path: 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_mostly_undecodable_images_stop_the_run(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, enabled: bool
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, enabled: bool
 ) -> None:
     source = rows(tmp_path, "---+---+--" * 2)
     config = tiny_config(tmp_path, data={"sources": [source]}, cache={"enabled": enabled})
@@ -275,7 +277,7 @@ def test_mostly_undecodable_images_stop_the_run(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_images_are_encoded_as_soon_as_a_batch_is_there(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch, workers: int
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     source = rows(tmp_path, "+" * 60)
     config = tiny_config(
@@ -309,7 +311,7 @@ def test_images_are_encoded_as_soon_as_a_batch_is_there(
 
 @pytest.mark.parametrize("shard_size", [2, 6])
 def test_prompts_outlive_a_kill_and_another_shard_size(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch, shard_size: int
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch, shard_size: int
 ) -> None:
     source = rows(tmp_path, "+" * 12)
     data = {"sources": [source]}
@@ -336,7 +338,7 @@ def test_prompts_outlive_a_kill_and_another_shard_size(
 
 
 def test_prompts_that_vanish_during_the_build_are_noticed(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path, data={"sources": [rows(tmp_path, "+" * 6)]})
     victim = config.cache_dir / "prompts-r0-00001.safetensors"
@@ -350,7 +352,9 @@ def test_prompts_that_vanish_during_the_build_are_noticed(
 # --- overflow --------------------------------------------------------------------------------------------------------
 
 
-def overflow(family: Family, monkeypatch: pytest.MonkeyPatch, odd: Callable[[int], bool], value: float) -> None:
+def overflow(
+    family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch, odd: Callable[[int], bool], value: float
+) -> None:
     """A VAE that fails on images by their number (see `rows`)."""
     encode_images = family.encode_images
 
@@ -366,7 +370,12 @@ def overflow(family: Family, monkeypatch: pytest.MonkeyPatch, odd: Callable[[int
 
 @pytest.mark.parametrize(("dtype", "value"), [("float32", float("nan")), ("float32", float("inf")), ("float16", 1e5)])
 def test_latents_that_are_not_finite_are_left_out_and_replaced(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch, dtype: str, value: float
+    tiny_config: TinyConfig,
+    tmp_path: Path,
+    family: DenoisingFamily,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    value: float,
 ) -> None:
     overflow(family, monkeypatch, lambda number: number in (3, 8, 20), value)  # of the rows 1, 4 and 10
     config = tiny_config(
@@ -384,7 +393,7 @@ def test_latents_that_are_not_finite_are_left_out_and_replaced(
 
 
 def test_a_vae_that_overflows_is_found_early(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
 
@@ -404,7 +413,7 @@ def test_a_vae_that_overflows_is_found_early(
 
 
 def test_the_uncached_path_names_the_record(
-    tiny_config: TinyConfig, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overflow(family, monkeypatch, lambda number: number == 3, float("inf"))
     data = run(tiny_config(tmp_path, data={"sources": [rows(tmp_path, "+++")]}, cache={"enabled": False}), family)
@@ -416,7 +425,7 @@ def test_the_uncached_path_names_the_record(
 # --- leftovers -------------------------------------------------------------------------------------------------------
 
 
-def test_files_of_a_living_process_stay(tiny_config: TinyConfig, tmp_path: Path, family: Family) -> None:
+def test_files_of_a_living_process_stay(tiny_config: TinyConfig, tmp_path: Path, family: DenoisingFamily) -> None:
     config = tiny_config(tmp_path, data={"sources": [rows(tmp_path, "+++")]})
     config.cache_dir.mkdir()
     gone = subprocess.Popen([sys.executable, "-c", ""])

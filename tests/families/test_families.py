@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from diffalign import adapters
 from diffalign.config import LoraConfig, ModelConfig, SamplingConfig
 from diffalign.errors import ConfigError
-from diffalign.families import DECODER, ENCODERS, NETWORK, Conditioning, Family, load_family
+from diffalign.families import DECODER, ENCODERS, NETWORK, Conditioning, DenoisingFamily, load_family
 from diffalign.families._loading import dtype_argument, quiet
 from diffalign.policy import Policy
 from diffalign.prediction import add_noise, target
@@ -56,14 +56,14 @@ def stock(name: str, folders: dict[str, Path]) -> Any:
     return pipeline
 
 
-def open_family(name: str, folder: Path | str, *parts: str, **options: Any) -> Family:
+def open_family(name: str, folder: Path | str, *parts: str, **options: Any) -> DenoisingFamily:
     family = load_family(ModelConfig(family=name, pretrained=str(folder), **options))
     family.load(*parts)
     return family
 
 
 @pytest.fixture(scope="module")
-def family(name: str, folders: dict[str, Path]) -> Family:
+def family(name: str, folders: dict[str, Path]) -> DenoisingFamily:
     return open_family(name, folders[name], NETWORK, ENCODERS, DECODER)
 
 
@@ -71,11 +71,11 @@ def pixels(n: int = 2, height: int = 32, width: int = 32) -> Tensor:
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def noise(family: Family, n: int = 2, seed: int = 0) -> Tensor:
+def noise(family: DenoisingFamily, n: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(n, *family.latent_shape(32, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def conditioning_of(family: Family) -> Conditioning:
+def conditioning_of(family: DenoisingFamily) -> Conditioning:
     image = family.image_conditioning((40, 36), (4, 2), (32, 32))
     return family.encode_prompts(PROMPTS) | {k: v.expand(2, -1) for k, v in image.items()}
 
@@ -90,7 +90,7 @@ def call(unet: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> T
 # --- conditioning ----------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_encoded_as_by_the_stock_pipeline(name: str, family: Family, stock: Any) -> None:
+def test_prompts_are_encoded_as_by_the_stock_pipeline(name: str, family: DenoisingFamily, stock: Any) -> None:
     with torch.no_grad():
         if name == "sd":
             hidden, negative = stock.encode_prompt(PROMPTS, "cpu", 1, True)
@@ -107,14 +107,16 @@ def test_prompts_are_encoded_as_by_the_stock_pipeline(name: str, family: Family,
         torch.testing.assert_close(family.encode_negative("")[key], empty[key][:1], atol=1e-5, rtol=0)
 
 
-def test_tokens_are_counted_with_start_and_end(family: Family) -> None:
+def test_tokens_are_counted_with_start_and_end(family: DenoisingFamily) -> None:
     assert family.count_tokens("a red circle") == (5, 20)
     assert family.count_tokens("") == (2, 20)
     tokens, limit = family.count_tokens(PROMPTS[1])
     assert tokens > limit
 
 
-def test_size_conditioning_is_height_first_and_tells_of_the_crop(name: str, family: Family, stock: Any) -> None:
+def test_size_conditioning_is_height_first_and_tells_of_the_crop(
+    name: str, family: DenoisingFamily, stock: Any
+) -> None:
     ours = family.image_conditioning((600, 800), (16, 0), (512, 768))
     if name == "sd":
         assert ours == {}
@@ -162,7 +164,7 @@ def test_the_negative_prompt_is_zeros_where_the_base_was_trained_so(folders: dic
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def test_predictions_are_those_of_the_bare_network(family: Family, stock: Any) -> None:
+def test_predictions_are_those_of_the_bare_network(family: DenoisingFamily, stock: Any) -> None:
     x, t, conditioning = noise(family), torch.tensor([900, 10]), conditioning_of(family)
     ours = family.predict(family.network, x, t, conditioning)
     assert ours.shape == x.shape
@@ -171,7 +173,7 @@ def test_predictions_are_those_of_the_bare_network(family: Family, stock: Any) -
     assert not any(p.requires_grad for p in family.network.parameters())
 
 
-def test_with_adapters_off_the_network_is_the_base_to_the_bit(family: Family, stock: Any) -> None:
+def test_with_adapters_off_the_network_is_the_base_to_the_bit(family: DenoisingFamily, stock: Any) -> None:
     network = copy.deepcopy(family.network)
     adapters.attach(network, LoraConfig(rank=4, targets="all"), seed=0)
     with torch.no_grad():
@@ -184,7 +186,7 @@ def test_with_adapters_off_the_network_is_the_base_to_the_bit(family: Family, st
     assert not torch.allclose(policy.predict(x, t, conditioning), base, atol=1e-3)
 
 
-def test_the_schedule_is_the_schedulers(name: str, family: Family, stock: Any) -> None:
+def test_the_schedule_is_the_schedulers(name: str, family: DenoisingFamily, stock: Any) -> None:
     schedule = family.schedule
     reference = DDPMScheduler.from_config(stock.scheduler.config)
     assert schedule.num_timesteps == 1000
@@ -219,7 +221,7 @@ def test_a_network_that_predicts_something_else_is_refused(folders: dict[str, Pa
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def test_latents_are_scaled_posterior_means(family: Family, stock: Any) -> None:
+def test_latents_are_scaled_posterior_means(family: DenoisingFamily, stock: Any) -> None:
     images = pixels()
     with torch.no_grad():
         expected = stock.vae.encode(images).latent_dist.mode() * stock.vae.config.scaling_factor
@@ -229,7 +231,7 @@ def test_latents_are_scaled_posterior_means(family: Family, stock: Any) -> None:
     assert family.latent_shape(64, 32) == (latents.shape[1], 16, 8)
 
 
-def test_decoding_undoes_encoding(name: str, family: Family, stock: Any) -> None:
+def test_decoding_undoes_encoding(name: str, family: DenoisingFamily, stock: Any) -> None:
     latents = family.encode_images(pixels())
     with torch.no_grad():
         expected = stock.vae.decode(latents / stock.vae.config.scaling_factor).sample
@@ -242,7 +244,7 @@ def test_decoding_undoes_encoding(name: str, family: Family, stock: Any) -> None
         torch.testing.assert_close(again, inside, atol=1e-4, rtol=1e-3)
 
 
-def check_images(family: Family, stock: Any, sampling: SamplingConfig) -> None:
+def check_images(family: DenoisingFamily, stock: Any, sampling: SamplingConfig) -> None:
     """Our images against a call of the stock pipeline with prompts."""
     start = noise(family)
     stock.set_progress_bar_config(disable=True)
@@ -273,11 +275,11 @@ def check_images(family: Family, stock: Any, sampling: SamplingConfig) -> None:
         {"guidance_scale": 6.0, "negative_prompt": "blue"},
     ],
 )
-def test_images_are_those_of_the_stock_pipeline(family: Family, stock: Any, changes: dict[str, Any]) -> None:
+def test_images_are_those_of_the_stock_pipeline(family: DenoisingFamily, stock: Any, changes: dict[str, Any]) -> None:
     check_images(family, stock, SamplingConfig(num_inference_steps=3, **changes))
 
 
-def test_another_scheduler(family: Family, stock: Any) -> None:
+def test_another_scheduler(family: DenoisingFamily, stock: Any) -> None:
     own = stock.scheduler
     stock.scheduler = EulerDiscreteScheduler.from_config(own.config)
     try:

@@ -10,10 +10,10 @@ import abc
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from diffalign.data.record import ImageItem, Record, record_id
 from diffalign.data.report import DataReport
@@ -63,6 +63,13 @@ class Place:
             rows: (key, raw row); the key is the row's number or name, unique in the shard.
             parse: gives the fields of `Record` other than `id`.
         """
+        for identity, meta, fields in self.rows(rows, parse):
+            yield Record(id=identity, meta=meta, **fields)
+
+    def rows(
+        self, rows: Iterable[tuple[int | str, Raw]], parse: Callable[[Raw], dict[str, Any]]
+    ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """The same before it becomes a record of either kind: (id, meta, other fields)."""
         for row, raw in rows:
             identity = record_id(self.source, self.split, self.shard, row)
             self.report.read()
@@ -72,7 +79,7 @@ class Place:
                 self.report.skip(identity, bad.reason, bad.detail, shard=self.shard, row=row)
                 continue
             meta = {"shard": self.shard, "row": row} | fields.pop("meta", {})
-            yield Record(id=identity, meta=meta, **fields)
+            yield identity, meta, fields
 
 
 class Reader(abc.ABC):
@@ -82,11 +89,19 @@ class Reader(abc.ABC):
         layout: one line for people: what a source of this format looks like.
         labels: rows say which side won (False: the layout itself puts the winner first).
         beside: needs other files beside its shards (`companions`).
+        modality: what its records are made of: `Record` for images, `diffalign.text.records.TextRecord` for texts.
+
+    Args:
+        rename: columns under other names, theirs to ours; only text readers have columns that can be renamed.
     """
 
     layout: ClassVar[str]
     labels: ClassVar[bool] = True
     beside: ClassVar[bool] = False
+    modality: ClassVar[Literal["image", "text"]] = "image"
+
+    def __init__(self, rename: Mapping[str, str] | None = None) -> None:
+        self.rename = dict(rename or {})
 
     @abc.abstractmethod
     def shards(self, files: Sequence[str], split: str) -> list[str]:
@@ -114,7 +129,7 @@ class Reader(abc.ABC):
         """
 
     @abc.abstractmethod
-    def read(self, path: Path, place: Place) -> Iterator[Record]:
+    def read(self, path: Path, place: Place) -> Iterator[Any]:
         """The records of one shard, in order, with few rows in memory at a time.
 
         Raises:
@@ -164,7 +179,7 @@ def _split_of_stem(stem: str) -> str | None:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def text(value: Any, column: str) -> str:
+def prompt_text(value: Any, column: str) -> str:
     """A prompt: a string with something in it, unchanged.
 
     Raises:

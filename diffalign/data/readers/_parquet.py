@@ -49,6 +49,16 @@ def _open(path: Path) -> pq.ParquetFile:
         raise UnreadableShard(f"not a readable parquet file ({_first_line(error)})") from error
 
 
+def columns(path: Path) -> list[str]:
+    """Names of all columns.
+
+    Raises:
+        UnreadableShard: not a parquet file.
+    """
+    with _open(path) as file:
+        return list(file.schema_arrow.names)
+
+
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number, values) of those of `columns` that the file has; text that is not UTF-8 comes out as bytes.
 

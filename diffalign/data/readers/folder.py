@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from diffalign.data.readers import IMAGE_SUFFIXES, BadRow, Place, Reader, text
+from diffalign.data.readers import IMAGE_SUFFIXES, BadRow, Place, Reader, prompt_text
 from diffalign.data.record import ImageItem, Record
 from diffalign.errors import DataError
 
@@ -107,9 +107,9 @@ def _prompt(name: str, captions: dict[str, Any], folder: Path) -> str:
     file = folder / f"{name}.txt"
     if file.is_file():
         try:
-            return text(file.read_text(encoding="utf-8-sig").rstrip("\r\n"), file.name)
+            return prompt_text(file.read_text(encoding="utf-8-sig").rstrip("\r\n"), file.name)
         except (OSError, UnicodeDecodeError) as error:
             raise BadRow("bad_prompt", f"{file.name}: {error}") from None
     if name not in captions:
         raise BadRow("missing_prompt", f"neither {name}.txt nor a line of {' or '.join(CAPTIONS)} has a prompt for it")
-    return text(captions[name], "prompt")
+    return prompt_text(captions[name], "prompt")

@@ -31,7 +31,7 @@ from diffalign.data.readers import (
     image_bytes,
     image_file,
     probability,
-    text,
+    prompt_text,
 )
 from diffalign.data.readers.pickapic_wds import TAR_ERRORS
 from diffalign.data.record import ImageItem, Record
@@ -118,7 +118,7 @@ def _parse(row: Any, images: _Images) -> dict[str, Any]:
     names = ("human_preference[0]", "human_preference[1]")
     kept = {k: row[k] for k in ("num_example_per_prompt", "user_hash") if k in row}
     return {
-        "prompt": text(row.get("prompt"), "prompt"),
+        "prompt": prompt_text(row.get("prompt"), "prompt"),
         "p": probability(preference[0], preference[1], names),
         "images": (images.find(files[0]), images.find(files[1])),
         "meta": kept,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffalign.data.readers import Place, Reader, image_bytes, optional_text, split_files, text
+from diffalign.data.readers import Place, Reader, image_bytes, optional_text, prompt_text, split_files
 from diffalign.data.record import ImageItem, Record
 
 REQUIRED = ("prompt", "chosen", "rejected")
@@ -39,7 +39,7 @@ class ImagePreferences(Reader):
 
 def _parse(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "prompt": text(row["prompt"], "prompt"),
+        "prompt": prompt_text(row["prompt"], "prompt"),
         "images": tuple(
             ImageItem(data=image_bytes(row[side], side), model=optional_text(row.get(f"{side}_model")))
             for side in ("chosen", "rejected")

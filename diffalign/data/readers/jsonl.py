@@ -23,8 +23,8 @@ from diffalign.data.readers import (
     optional_text,
     positive,
     probability,
+    prompt_text,
     split_files,
-    text,
 )
 from diffalign.data.record import Record
 from diffalign.errors import DataError
@@ -92,7 +92,7 @@ def _parse(line: bytes, folder: Path) -> dict[str, Any]:
         label_0 = values.get("label_0")
         p = probability(label_0, values["label_1"]) if "label_1" in values else probability(label_0, _other(label_0))
     return {
-        "prompt": text(values.get("prompt", values.get("caption")), "prompt"),
+        "prompt": prompt_text(values.get("prompt", values.get("caption")), "prompt"),
         "images": tuple(image_file(folder, values.get(side), side) for side in pair),
         "p": p,
         "weight": positive(values["weight"], "weight") if values.get("weight") is not None else 1.0,

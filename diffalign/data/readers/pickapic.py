@@ -11,7 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffalign.data.readers import BadRow, Place, Reader, image_bytes, optional_text, probability, split_files, text
+from diffalign.data.readers import (
+    BadRow,
+    Place,
+    Reader,
+    image_bytes,
+    optional_text,
+    probability,
+    prompt_text,
+    split_files,
+)
 from diffalign.data.record import ImageItem, Record
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
@@ -52,7 +61,7 @@ def _parse(row: dict[str, Any]) -> dict[str, Any]:
     labelled = has_label(row.get("has_label"))
     kept = ("ranking_id", "num_example_per_prompt")
     return {
-        "prompt": text(row["caption"], "caption"),
+        "prompt": prompt_text(row["caption"], "caption"),
         "images": tuple(
             ImageItem(
                 data=image_bytes(row[f"jpg_{side}"], f"jpg_{side}"),

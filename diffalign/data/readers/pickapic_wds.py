@@ -21,8 +21,8 @@ from diffalign.data.readers import (
     UnreadableShard,
     image_bytes,
     probability,
+    prompt_text,
     split_files,
-    text,
 )
 from diffalign.data.readers.pickapic import has_label
 from diffalign.data.record import ImageItem, Record
@@ -97,7 +97,7 @@ def _parse(sample: Sample) -> dict[str, Any]:
     labelled = has_label(_text(sample, "has_label"))
     images = tuple(ImageItem(data=image_bytes(_member(sample, f"jpg_{side}"), f"jpg_{side}")) for side in (0, 1))
     p = probability(_text(sample, "label_0"), _text(sample, "label_1")) if labelled else None
-    return {"prompt": text(_decode(prompt, "prompt"), "prompt"), "images": images, "p": p}
+    return {"prompt": prompt_text(_decode(prompt, "prompt"), "prompt"), "images": images, "p": p}
 
 
 def _text(sample: Sample, field: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Text: records, tokenised examples, batches, scores and generation of causal language models."""
