@@ -121,6 +121,32 @@ def interval_plot(
     )
 
 
+def before_after(rows: Sequence[tuple[str, float, float]], *, label: str) -> str:
+    """Two bars per row on an axis from 0 to 1: before (pale) and after.
+
+    Args:
+        rows: (name, before, after).
+        label: what a screen reader says.
+    """
+    left, right, each = 112, 40, 34
+    height = each * len(rows) + 20
+    wide = WIDTH - left - right
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">']
+    for at in (0.0, 0.5, 1.0):
+        x = left + at * wide
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 18}"/>')
+        parts.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{height - 5}">{_format(at)}</text>')
+    for i, (name, *values) in enumerate(rows):
+        y = i * each + 4
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 15}" text-anchor="end">{escape(name)}</text>')
+        for k, value in enumerate(values):
+            size = min(max(value, 0.0), 1.0) * wide
+            fill = f'fill="var(--c0)" fill-opacity="{0.35 if k == 0 else 1}"'
+            parts.append(f'<rect x="{left}" y="{y + 12 * k}" width="{size:.1f}" height="10" {fill}/>')
+            parts.append(f'<text class="tick" x="{left + size + 4:.1f}" y="{y + 12 * k + 9}">{_format(value)}</text>')
+    return "".join([*parts, "</svg>"])
+
+
 def heat_strip(
     rows: Sequence[Sequence[float]],
     names: Sequence[str],

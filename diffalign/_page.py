@@ -45,6 +45,9 @@ figure.last img{outline:2px solid var(--c0);outline-offset:1px;cursor:pointer;to
 user-select:none}
 figure.last figcaption{color:var(--text)}.wide{max-width:100%;border-radius:4px}
 .pair{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
+.texts td{max-width:30ch;padding-right:14px}.texts .said{white-space:pre-wrap;overflow-wrap:anywhere;max-height:14em;
+overflow-y:auto;font:13px/1.45 ui-monospace,Menlo,Consolas,monospace}.ws{color:var(--c4)}
+.score{font-size:12px;color:var(--muted)}.up{color:var(--c0)}.down{color:var(--c1)}
 .block{margin:12px 0}details{margin-top:8px}summary{cursor:pointer}
 pre{background:var(--surface);border:1px solid var(--line);border-radius:8px;padding:12px 14px;
 overflow-x:auto;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace}

@@ -43,6 +43,11 @@ class RunData:
     def name(self) -> str:
         return self.folder.resolve().name
 
+    @property
+    def is_text(self) -> bool:
+        """A run on texts, by its config."""
+        return bool(get(self.config, "data", "format") == "text")
+
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of a metric where it is a number."""
         pairs = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), (int, float))]

@@ -222,27 +222,30 @@ def load(path: Path, config: RunConfig) -> Checkpoint:
     return Checkpoint(path, manifest["step"], load_file(path / "adapter.safetensors"), state, manifest)
 
 
+_IDENTITY = {
+    "effective_batch": "set gradient_accumulation_steps so that batch x accumulation x processes is the same",
+    "micro_batch": "with several image sizes the micro-batch must stay the same",
+}
+
+
 def check_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
-    """Refuse to go on with another effective batch or on other pairs: the data position would mean something else.
+    """Refuse to go on with another effective batch or on other samples: the data position would mean something else.
 
     Args:
         found: the checkpoint.
-        identity: `effective_batch` (pairs per optimiser step over all processes), `micro_batch` (where image sizes
-            differ), number of training `pairs` and a hash of their `prompts`.
+        identity: `effective_batch` (samples per optimiser step over all processes), and what the job adds: of images
+            `micro_batch` (where sizes differ), number of training `pairs` and a hash of their `prompts`; of texts number
+            of `samples` and a hash of their `ids`.
 
     Raises:
         CheckpointError: naming what differs.
     """
     before = found.manifest["identity"]
-    for key, why in (
-        ("effective_batch", "set gradient_accumulation_steps so that batch x accumulation x processes is the same"),
-        ("micro_batch", "with several image sizes the micro-batch must stay the same"),
-        ("pairs", "the training pairs must be the same"),
-        ("prompts", "the training pairs must be the same"),
-    ):
-        if before[key] != identity[key]:
+    for key, now in identity.items():
+        if before.get(key) != now:
+            why = _IDENTITY.get(key, f"the training {'pairs' if 'pairs' in identity else 'samples'} must be the same")
             raise CheckpointError(
-                f"checkpoint {found.path}: {key.replace('_', ' ')} was {before[key]!r}, is {identity[key]!r}; {why}, "
+                f"checkpoint {found.path}: {key.replace('_', ' ')} was {before.get(key)!r}, is {now!r}; {why}, "
                 "or start in another output_dir"
             )
 

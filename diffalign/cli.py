@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffalign import __version__
 from diffalign.errors import UserError
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [word for word in extra if not word.startswith("-")]
     if wrong := [word for word in extra if word not in overrides]:
         parser.error(f"unrecognised: {' '.join(wrong)} (settings are given as section.key=value)")
+    if overrides and "options" in vars(args):  # of a recipe
+        args.options, overrides = [*args.options, *overrides], []
     if overrides and "overrides" not in vars(args):
         parser.error(f"{args.command} takes no settings; got {' '.join(overrides)}")
     if overrides:
@@ -67,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
     common.add_argument("-v", "--verbose", action="store_true", help="log more")
-    parser = argparse.ArgumentParser(prog="diffalign", description="Preference alignment for diffusion models.")
+    parser = argparse.ArgumentParser(
+        prog="diffalign", description="Preference alignment for diffusion models and language models."
+    )
     parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -94,37 +98,87 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--processes", type=int, default=1, help="number of GPUs")
     plan.add_argument("--pairs", type=int, help="number of pairs, where the data set does not say")
     plan.add_argument("--json", action="store_true", help="machine-readable")
-    add("cache", run_cache, "encode images and prompts into the cache, without training")
-    generate = add("generate", run_generate, "sample images from the base, or with an adapter")
+    add("cache", run_cache, "encode images and prompts into the cache, without training (diffusion models)")
+    generate = add("generate", run_generate, "sample images or answers from the base, or with an adapter")
     generate.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    generate.add_argument("--prompts", help="a text file or a shipped list; default: the config's evaluation prompts")
-    generate.add_argument("--adapter", help="LoRA file or run folder; default: the run folder's own")
+    generate.add_argument("--prompts", help="a file or a shipped list; default: the config's evaluation prompts")
+    generate.add_argument("--adapter", help="LoRA file, peft folder or run folder; default: the run folder's own")
     generate.add_argument("--base", action="store_true", help="also sample the base with the same noise, side by side")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--images-per-prompt", type=int, default=1)
-    generate.add_argument("--out", default="generated", help="folder for the images")
+    generate.add_argument("--images-per-prompt", "--samples-per-prompt", type=int, default=1, dest="samples_per_prompt")
+    generate.add_argument(
+        "--chat", action="store_true", help="texts: send prompts as a user's message, by the chat template"
+    )
+    generate.add_argument("--out", default="generated", help="folder for images or answers")
     evaluate = add("evaluate", run_evaluate, "base against adapter: rewards and win rate with intervals")
     evaluate.add_argument("--adapter", help="LoRA file or run folder; default: the run folder's own")
     evaluate.add_argument("--out", help="where to write the JSON; default: <output_dir>/evaluation.json")
-    export = add("export", run_export, "write an adapter for diffusers and for kohya / ComfyUI")
-    export.add_argument("--adapter", help="LoRA file or checkpoint folder; default: the run's last checkpoint")
+    export = add("export", run_export, "write an adapter: for diffusers and kohya / ComfyUI, or as a peft folder")
+    export.add_argument(
+        "--adapter", help="LoRA file, peft folder or checkpoint folder; default: the run's last checkpoint"
+    )
     export.add_argument("--out", required=True)
     export.add_argument("--fp16", action="store_true", help="half precision, for distribution")
-    data = add(
-        "data", run_data, "read a config's data and account for every row, without encoding anything", config=False
-    )
-    data.add_argument("action", choices=["check"])
-    data.add_argument("config")
-    data.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    export.add_argument("--merge", action="store_true", help="texts: the whole model with the adapter in its weights")
+    _add_data(commands, common)
     report = add("report", run_report, "write the HTML report of a run, or compare several", config=False)
     report.add_argument("runs", nargs="+", help="run folders")
     report.add_argument("--out", default="comparison.html", help="for several runs")
     lists = add("list", run_list, "what there is to name in a config", config=False)
+    lists.add_argument("--long", action="store_true", help="what each is; the default on a terminal")
     lists.add_argument(
         "kind", nargs="?", choices=["objectives", "families", "readers", "rewards", "configs", "prompts"]
     )
     add("doctor", run_doctor, "versions, devices, optional packages", config=False)
     return parser
+
+
+class _LateEpilog(argparse.ArgumentParser):
+    """A parser whose help ends with a text that is only made when it is asked for."""
+
+    late: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        if self.late is not None:
+            self.epilog = self.late()
+        return super().format_help()
+
+
+def _add_data(commands: Any, common: argparse.ArgumentParser) -> None:
+    text = "look at a config's data, or make data from data"
+    data = commands.add_parser("data", help=text, description=text)
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_LateEpilog)
+    text = "read a config's data and account for every row, without training"
+    check = actions.add_parser("check", help=text, description=text, parents=[common])
+    check.add_argument("config", help="a YAML file, the name of a shipped config, or a run folder")
+    check.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    check.set_defaults(run=run_data)
+    text = "make training rows from other rows by a named recipe"
+    make = actions.add_parser(
+        "make", help=text, description=text, parents=[common], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    make.late = recipe_list
+    make.add_argument("recipe", help="see below")
+    make.add_argument("input", help="JSONL, JSON, parquet or CSV")
+    make.add_argument("output", help="JSONL or parquet")
+    make.add_argument("options", nargs="*", default=[], metavar="key=value", help="settings of the recipe")
+    make.set_defaults(run=run_data_make)
+
+
+def recipe_list() -> str:
+    """Every recipe with its settings and what it does, a line each."""
+    import inspect
+
+    from diffalign.text.recipes import RECIPES
+
+    lines = ["recipes:"]
+    for name, function in RECIPES.items():
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        settings = " ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in own)
+        summary = (inspect.getdoc(function) or "").partition("\n\n")[0].replace("\n", " ")
+        summary = summary.partition(". ")[0].rstrip(".")
+        lines.append(f"  {name:<20} {summary}" + (f" [{settings}]" if settings else ""))
+    return "\n".join(lines)
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -189,9 +243,18 @@ def print_result(result: dict) -> None:  # type: ignore[type-arg]
     if "held_out_implicit_acc" in result:
         low, high = result["held_out_implicit_acc_ci95"]
         print(f"held-out accuracy   {result['held_out_implicit_acc']:.3f}    95 % interval [{low:.3f}, {high:.3f}]")
+    for name in ("forget", "retain"):
+        for what in ("recall", "probability"):
+            if entry := result.get(f"{name}_{what}"):
+                low, high = entry["change_ci95"]
+                print(
+                    f"{f'{name} {what}':<19} {entry['base']:.3f} -> {entry['aligned']:.3f}    95 % interval of the change "
+                    f"[{low:+.3f}, {high:+.3f}]"
+                )
     if "steps" in result:
+        unit = "pairs" if "pairs" in result else "samples"
         print(
-            f"{result['steps']} steps on {result['pairs']} pairs in {result['train_seconds']:.0f} s "
+            f"{result['steps']} steps on {result[unit]} {unit} in {result['train_seconds']:.0f} s "
             f"({result['seconds_per_step']:.2f} s per step)"
         )
 
@@ -229,30 +292,61 @@ def run_cache(args: argparse.Namespace) -> int:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from diffalign.commands import generate
+    from diffalign.commands import generate, is_text
 
+    config = read_config(args)
+    if is_text(config):
+        return generate_texts(args, config)
+    if args.chat:
+        raise UserError(f"--chat: family {config.model.family!r} makes images; leave it out")
     folder = generate(
-        read_config(args),
+        config,
         prompts=args.prompt or args.prompts,
         adapter=adapter_of(args),
         with_base=args.base,
         seed=args.seed,
-        images_per_prompt=args.images_per_prompt,
+        images_per_prompt=args.samples_per_prompt,
         out=Path(args.out),
     )
     print(f"images in {folder}")
     return 0
 
 
+def generate_texts(args: argparse.Namespace, config: RunConfig) -> int:
+    """`generate` of a language model: a file of answers, printed as well when they are few."""
+    from diffalign.text.commands import generate
+
+    rows = generate(
+        config,
+        prompts=args.prompt or args.prompts,
+        chat=args.chat,
+        adapter=adapter_of(args),
+        with_base=args.base,
+        seed=args.seed,
+        repeats=args.samples_per_prompt,
+        out=Path(args.out),
+    )
+    if len(rows) <= 20:
+        for row in rows:
+            print(f"[{row['side']}] {row['prompt'].strip()}\n{row['text']}\n")
+    print(f"{len(rows)} answers in {Path(args.out) / 'answers.jsonl'}")
+    return 0
+
+
 def run_evaluate(args: argparse.Namespace) -> int:
-    from diffalign.commands import evaluate_adapter
+    from diffalign import commands
 
     config = read_config(args)
     adapter = adapter_of(args)
     if adapter is None:
         raise UserError("evaluate needs an adapter; give --adapter FILE, or a run folder instead of a config")
     out = Path(args.out) if args.out else Path(config.output_dir) / "evaluation.json"
-    print_result(evaluate_adapter(config, adapter, out))
+    if commands.is_text(config):
+        from diffalign.text.commands import evaluate_adapter as evaluate_texts
+
+        print_result(evaluate_texts(config, adapter, out))
+    else:
+        print_result(commands.evaluate_adapter(config, adapter, out))
     print(f"written to {out}")
     return 0
 
@@ -265,10 +359,22 @@ def adapter_of(args: argparse.Namespace) -> Path | None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from diffalign.commands import export_adapter
+    from diffalign import commands
 
     config = read_config(args)
-    for path in export_adapter(config, Path(args.adapter) if args.adapter else None, Path(args.out), args.fp16):
+    adapter, out = Path(args.adapter) if args.adapter else None, Path(args.out)
+    if commands.is_text(config):
+        from diffalign.text.commands import export_adapter as export_peft
+
+        paths = export_peft(config, adapter, out, fp16=args.fp16, merge=args.merge)
+    elif args.merge:
+        raise UserError(
+            f"--merge: only for language models; with family {config.model.family!r} load the exported adapter in "
+            "diffusers, which fuses it with pipe.fuse_lora()"
+        )
+    else:
+        paths = commands.export_adapter(config, adapter, out, args.fp16)
+    for path in paths:
         print(path)
     return 0
 
@@ -279,6 +385,19 @@ def run_data(args: argparse.Namespace) -> int:
     report, path = check_data(read_config(args))
     print(report.summary())
     print(f"every row that was taken out: {path}")
+    return 0
+
+
+def run_data_make(args: argparse.Namespace) -> int:
+    from diffalign.text.recipes import make
+
+    options = {}
+    for word in args.options:
+        name, equals, value = word.partition("=")
+        if not (name and equals):
+            raise UserError(f"data make: got {word!r}; settings are given as key=value")
+        options[name] = value
+    print(make(args.recipe, args.input, args.output, **options).summary())
     return 0
 
 
@@ -307,6 +426,11 @@ def run_list(args: argparse.Namespace) -> int:
     }
     lists["configs"] = sorted(p.stem for p in folder.glob("*.yaml"))
     lists["prompts"] = sorted([p.stem for p in prompts.glob("*.txt")] + ["world_heldout", "world_train"])
+    if args.kind in ("objectives", "rewards") and (args.long or sys.stdout.isatty()):
+        from diffalign import listing
+
+        print(listing.objective_table() if args.kind == "objectives" else listing.reward_table())
+        return 0
     for kind, names in lists.items():
         if args.kind in (None, kind):
             print(f"{kind + ':':<12} {' '.join(names)}" if args.kind is None else "\n".join(names))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffalign import adapters, checkpoint, evaluate, export, preflight
+from diffalign import adapters, checkpoint, evaluate, export, plugins, preflight
 from diffalign.config import RunConfig
 from diffalign.data.loader import BatchPlan, PairMicroBatches
 from diffalign.data.pipeline import is_held_out, iterate
@@ -23,16 +23,22 @@ from diffalign.data.prompts import load_prompts
 from diffalign.data.report import DataReport
 from diffalign.data.source import resolve
 from diffalign.errors import CheckpointError, ConfigError
-from diffalign.families import NETWORK, Family
+from diffalign.families import NETWORK, DenoisingFamily
 from diffalign.files import atomic_write_text, require_writable
-from diffalign.hardware import make_accelerator, open_family
+from diffalign.hardware import make_accelerator, open_denoising
 from diffalign.outputs import held_out_result
 from diffalign.policy import Policy
 from diffalign.progress import Progress
 from diffalign.sampling import Sampler, save_png
 
 
-def load_adapter(family: Family, config: RunConfig, path: Path) -> dict[str, str]:
+def is_text(config: RunConfig) -> bool:
+    """Whether a config's family works on texts; its commands then are those of `diffalign.text.commands`."""
+    family: Any = plugins.find("families", config.model.family)
+    return bool(family.modality == "text")
+
+
+def load_adapter(family: DenoisingFamily, config: RunConfig, path: Path) -> dict[str, str]:
     """Attach an adapter file, a run folder's, or a checkpoint folder's (its average, if the run keeps one).
 
     Returns:
@@ -56,12 +62,21 @@ def load_adapter(family: Family, config: RunConfig, path: Path) -> dict[str, str
 
 
 def build_cache(config: RunConfig) -> str:
-    """Build (or finish, or check) the cache; returns one line about it."""
+    """Build (or finish, or check) the cache; returns one line about it.
+
+    Raises:
+        ConfigError: a run on texts.
+    """
+    if is_text(config):
+        raise ConfigError(
+            f"cache: family {config.model.family!r} works on texts, which are tokenised when a run starts; there is nothing "
+            "to cache. Look at the data with: diffalign data check"
+        )
     preflight.check_sampling(config)
     accelerator = make_accelerator(config.training, config.output_dir)
     require_writable(config.cache_dir)
     config = replace(config, cache=replace(config.cache, enabled=True))
-    prepared = prepare(config, open_family(config, accelerator), accelerator)
+    prepared = prepare(config, open_denoising(config, accelerator), accelerator)
     return f"{len(prepared.data):,} pairs in {config.cache_dir} ({prepared.report.summary()})"
 
 
@@ -84,7 +99,7 @@ def generate(
     texts = load_prompts(prompts or config.evaluation.prompts, None if prompts else config.evaluation.num_prompts)
     require_writable(out)
     accelerator = make_accelerator(config.training, config.output_dir)
-    family = open_family(config, accelerator)
+    family = open_denoising(config, accelerator)
     sampler = Sampler(family, texts, config.sampling, config.data.resolution)
     family.load(NETWORK)
     if adapter is not None:
@@ -114,9 +129,9 @@ def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, A
     texts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
     require_writable(out.parent)
     accelerator = make_accelerator(config.training, config.output_dir)
-    family = open_family(config, accelerator)
+    family = open_denoising(config, accelerator)
     fraction, objective = config.evaluation.held_out_fraction, config.objective
-    data = prepare(config, family, accelerator).data if fraction and objective.uses_reference else None
+    data = prepare(config, family, accelerator).data if fraction and objective.reads_reference() else None
     autocast = accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
     sampler = Sampler(family, texts, config.sampling, config.data.resolution, autocast)
     family.load(NETWORK)
@@ -126,7 +141,7 @@ def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, A
     if data is not None:
         held_out = [i for i, prompt in enumerate(data.prompts) if is_held_out(prompt, fraction)]
         plan = BatchPlan(range(len(data)), data.target_sizes, 1, config.seed)
-        dataset = PairMicroBatches(data, plan, objective, family, config.seed)
+        dataset = PairMicroBatches(data, plan, config.denoising, family, config.seed)
         policy = Policy(family, family.network, autocast=autocast)
         result |= held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
     atomic_write_text(out, json.dumps(result, indent=1))
@@ -136,7 +151,7 @@ def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, A
 def export_adapter(config: RunConfig, adapter: Path | None, out: Path, fp16: bool) -> list[Path]:
     """Write an adapter file, or a checkpoint's adapter, in both styles."""
     require_writable(out)
-    family = open_family(config, make_accelerator(config.training, config.output_dir))
+    family = open_denoising(config, make_accelerator(config.training, config.output_dir))
     family.load(NETWORK)
     if adapter is None:
         adapter = checkpoint.find(Path(config.output_dir), "latest")
@@ -149,9 +164,16 @@ def export_adapter(config: RunConfig, adapter: Path | None, out: Path, fp16: boo
 
 
 def check_data(config: RunConfig) -> tuple[DataReport, Path]:
-    """Read all records of a config's data and write the account of every row; nothing is decoded."""
+    """Read all records of a config's data and write the account of every row; images are not decoded."""
     accelerator = make_accelerator(config.training, config.output_dir)
     require_writable(Path(config.output_dir))
+    path = Path(config.output_dir) / REPORT
+    if is_text(config):
+        from diffalign.text.commands import check_data as check_texts
+
+        report = check_texts(config, accelerator)
+        report.write(path)
+        return report, path
     data = config.data
     if data.world_pairs is not None:
         data = replace(data, sources=(str(make_world_pairs(config, accelerator)),))
@@ -160,7 +182,6 @@ def check_data(config: RunConfig) -> tuple[DataReport, Path]:
     with Progress("reading", data.max_pairs, "pair") as progress:
         for _ in iterate(data, source, report):
             progress.advance()
-    path = Path(config.output_dir) / REPORT
     report.write(path)
     return report, path
 

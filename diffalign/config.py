@@ -29,8 +29,8 @@ class ModelConfig:
     """Which model is trained, and where its weights come from.
 
     Attributes:
-        family: a file of `diffalign/families` ("sd", "sdxl").
-        pretrained: hub id, diffusers folder, single-file `.safetensors` checkpoint, or the name of a tiny base
+        family: a file of `diffalign/families` ("sd", "sdxl", "causal_lm").
+        pretrained: hub id, diffusers (or transformers) folder, single-file `.safetensors` checkpoint, or the name of a tiny base
             ("tiny-sdxl"). With `random_weights` it is the name of a published architecture ("sdxl", "sd15", "sd21",
             "sd21-base").
         revision: hub revision (branch, tag or commit).
@@ -40,6 +40,7 @@ class ModelConfig:
             the published architecture shipped with the package.
         random_weights: build `pretrained` as an architecture with random weights (tests, benchmarks, `plan`).
         prediction_type: override the scheduler's ("epsilon" or "v_prediction"), for checkpoints that do not say.
+        load_in_4bit: load the frozen weights of a language model in 4 bits (NF4; needs bitsandbytes and a GPU).
     """
 
     family: str
@@ -50,6 +51,7 @@ class ModelConfig:
     config: str | None = None
     random_weights: bool = False
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    load_in_4bit: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class DataConfig:
 
     Attributes:
         format: a reader of `diffalign/data/readers` ("pickapic", "pickapic_wds", "hpdv2", "image_preferences",
-            "folder", "jsonl").
+            "folder", "jsonl"; "text" for language models).
         sources: tried in order: local files or folders, then hub data set ids. The first that can be used is used.
         split: split name, as in the hub's file names ("train", "validation_unique", ...).
         max_pairs: stop after this many usable records; None reads all.
@@ -103,6 +105,11 @@ class DataConfig:
         crop: "center" or "random" (drawn once per image when it is cached).
         flip: flip both images of a pair together with probability 1/2 (drawn once when cached).
         world_pairs: make the data from the tiny world first (demos).
+        retain_sources: unlearning: sources of what must be retained, read like `sources` (which then are forgotten). Not
+            needed where rows have a `label` (0 forget, 1 retain).
+        retain_split: split of the retain sources; None: the same name as `split`.
+        rename: columns under other names, as "theirs=ours": ["question=prompt", "answer=completion"].
+        world_text: make the data from the embedded text world first (demos).
     """
 
     format: str = "pickapic"
@@ -122,6 +129,85 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     world_pairs: WorldPairsConfig | None = None
+    retain_sources: tuple[str, ...] = ()
+    retain_split: str | None = None
+    rename: tuple[str, ...] = ()
+    world_text: WorldTextConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldTextConfig:
+    """Make the training data from the embedded text world first (demos of the `causal_lm` family).
+
+    Attributes:
+        kind: "pairs" and "unpaired" are sampled from the tiny model and judged by the exact verifier; "prompts" is for
+            online training; "forget" holds facts to forget and facts to retain.
+        size: number of prompts; ignored by "forget", whose sets are fixed.
+    """
+
+    kind: Literal["pairs", "unpaired", "prompts", "forget"] = "pairs"
+    size: int = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How texts become tokens and scores (family `causal_lm`).
+
+    Attributes:
+        max_length: tokens of prompt and response together. Longer prompts lose tokens on the side `truncate_prompt` names;
+            then the response's end is cut; a row left without a response is counted and listed.
+        max_prompt_length: tokens of the prompt, beyond which it is cut first. None: no limit of its own.
+        truncate_prompt: "start" keeps the end of the prompt, "end" its beginning.
+        chat_template: Jinja file used in place of the tokenizer's own template for conversational data.
+        packing: put all rows of a micro-batch into one sequence without padding. Exact: attention does not cross rows.
+        logits_chunk: response tokens whose logits are held at a time.
+    """
+
+    max_length: int = 1024
+    max_prompt_length: int | None = None
+    truncate_prompt: Literal["start", "end"] = "start"
+    chat_template: str | None = None
+    packing: bool = False
+    logits_chunk: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How texts are sampled, for evaluation and online training (family `causal_lm`).
+
+    Attributes:
+        max_new_tokens: longest response.
+        temperature: of the samples; 0 is greedy.
+        top_p: nucleus; 1 keeps everything.
+        top_k: most likely tokens kept; 0 keeps all. Online training needs top_p 1 and top_k 0: otherwise the log-probability
+            of a sample is not the sampler's.
+        batch_size: sequences per call.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Online training: sample answers to prompts, score them, train on them.
+
+    Attributes:
+        samples_per_prompt: answers per prompt (K), a group.
+        steps_per_generation: optimiser steps that one round of samples serves.
+        num_iterations: passes over the samples of a round.
+        rewards: reward models, or `file.py:function` (TRL's signature); their weighted sum is the reward.
+        reward_weights: one per reward; empty: all 1.
+    """
+
+    samples_per_prompt: int = 8
+    steps_per_generation: int = 1
+    num_iterations: int = 1
+    rewards: tuple[str, ...] = ()
+    reward_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +232,72 @@ class CacheConfig:
     shard_size: int = 256
     workers: int = 2
     batch_size: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingConfig:
+    """How images become scores: where the denoising error is measured.
+
+    Attributes:
+        timestep_min, timestep_max: inclusive bounds of the uniform timestep draw; null means the last step.
+        proportion_empty_prompts: share of the samples whose prompt is replaced by the empty one (keeps classifier-free
+            guidance trained); drawn once per sample and visit. The empty prompt is encoded, as in the published code;
+            SDXL 1.0 itself samples with zeros instead.
+        error_reduction: over the latent: "mean" as published, or "sum" (then beta must be smaller by the latent's size).
+        error_space: where errors are measured: "native" (what the network predicts, as published), "epsilon",
+            "v_prediction" or "sample".
+    """
+
+    timestep_min: int = 0
+    timestep_max: int | None = None
+    proportion_empty_prompts: float = 0.0
+    error_reduction: Literal["mean", "sum"] = "mean"
+    error_space: Literal["native", "epsilon", "v_prediction", "sample"] = "native"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.proportion_empty_prompts < 1:
+            raise ValueError(f"proportion_empty_prompts is {self.proportion_empty_prompts}; expected 0 <= value < 1")
+        if self.timestep_min < 0 or (self.timestep_max is not None and self.timestep_max < self.timestep_min):
+            raise ValueError(
+                f"timestep_min {self.timestep_min} and timestep_max {self.timestep_max} leave no timestep to draw"
+            )
+
+    def timestep_range(self, num_timesteps: int) -> tuple[int, int]:
+        """First and last timestep that are drawn, inclusive."""
+        last = num_timesteps - 1 if self.timestep_max is None else min(self.timestep_max, num_timesteps - 1)
+        return self.timestep_min, last
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """What the policy is compared with, by objectives that have a reference.
+
+    Attributes:
+        scheme: "frozen": the base model (adapters off). "sync": a copy of the adapter that follows the policy every `every`
+            steps by `rate` (1 at every round: the previous iterate; 0.6 every 512 steps: TR-DPO; small at every step: an
+            average). "mixture": the geometric mixture of the base, by `base_share`, and the synced copy (INPO, Nash-MD).
+            "momentum": the synced copy, extrapolated from the one before by `momentum` (accelerated preference optimisation).
+        every: optimiser steps between synchronisations.
+        rate: share of the policy that goes into the copy.
+        base_share: of "mixture", in [0, 1].
+        momentum: of "momentum", >= 0; the published value is UNVERIFIED (about 0.3).
+    """
+
+    scheme: Literal["frozen", "sync", "mixture", "momentum"] = "frozen"
+    every: int = 512
+    rate: float = 1.0
+    base_share: float = 0.5
+    momentum: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; expected at least 1 optimiser step")
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rate is {self.rate}; expected 0 < rate <= 1")
+        if not 0 <= self.base_share <= 1:
+            raise ValueError(f"base_share is {self.base_share}; expected 0 <= base_share <= 1")
+        if self.momentum < 0:
+            raise ValueError(f"momentum is {self.momentum}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,18 +442,23 @@ class RunConfig:
     Attributes:
         output_dir: where the run writes.
         seed: order, timesteps and noise of every sample are functions of (seed, sample id).
-        objective: an instance of an objective of `diffalign/objectives`, chosen by `objective.name`.
+        objective: an instance of an objective of the preference core (`diffalign.losses`), chosen by `objective.name`.
     """
 
     output_dir: str
     seed: int = 0
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     objective: Any
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property
@@ -318,7 +475,20 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     tree = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
+    _drop_other_spellings(tree, overrides)
     return build(tree)
+
+
+def _drop_other_spellings(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """An overridden setting of the objective replaces the file's own, under whichever of its names that one stands."""
+    section = tree.get("objective")
+    given = [o.partition("=")[0].removeprefix("objective.") for o in overrides if o.startswith("objective.")]
+    if not given or not isinstance(section, dict) or "name" not in section:
+        return
+    aliases: Mapping[str, str] = plugins.find("objectives", str(section["name"])).aliases  # type: ignore[attr-defined]
+    for key in given:
+        for other in [k for k in section if k != key and aliases.get(k, k) == aliases.get(key, key) and k not in given]:
+            del section[other]
 
 
 def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -389,11 +559,19 @@ def build(tree: Mapping[str, Any]) -> RunConfig:
 def _build_objective(section: Any) -> Any:
     if not isinstance(section, Mapping) or "name" not in section:
         raise ConfigError(
-            "objective: expected a section with a name, such as 'objective: {name: dpo, beta_dpo: 5000}'. "
+            "objective: expected a section with a name, such as 'objective: {name: dpo, beta: 5000}'. "
             f"Available: {', '.join(plugins.names('objectives'))}"
         )
     cls = plugins.find("objectives", str(section["name"]))
-    rest = {k: v for k, v in section.items() if k != "name"}
+    aliases: Mapping[str, str] = cls.aliases  # type: ignore[attr-defined]
+    rest: dict[str, Any] = {}
+    spelling: dict[str, str] = {}
+    for key, value in section.items():
+        ours = aliases.get(key, key)
+        if rest.get(ours) is not None and value is not None:
+            raise ConfigError(f"objective.{key}: given twice; {key!r} and {spelling[ours]!r} are the same setting")
+        if key != "name" and rest.get(ours) is None:
+            rest[ours], spelling[ours] = value, key
     return from_mapping(cls, rest, "objective")
 
 
@@ -465,6 +643,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(items, Sequence):
             raise ConfigError(f"{where}: got {value!r}; a list expected")
         return tuple(convert(item, options[0], f"{where}[{i}]") for i, item in enumerate(items))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: got {value!r}; a section with keys expected")
+        return {str(key): convert(item, options[1], f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: got {value!r}; a section with keys expected")

@@ -95,7 +95,7 @@ def compare(
             side: score_all(reward, image, prompts).view(-1, config.images_per_prompt).numpy()
             for side, image in images.items()
         }
-        evaluation.results.append(_result(name, scores["base"], scores["aligned"]))
+        evaluation.results.append(reward_result(name, scores["base"], scores["aligned"]))
         evaluation.scores[name] = {side: value.tolist() for side, value in scores.items()}
     step = config.images_per_prompt
     return evaluation, images["base"][::step], images["aligned"][::step]
@@ -110,7 +110,8 @@ def score_all(reward: rewards.Reward, images: Tensor, prompts: Sequence[str], ba
     return torch.cat(scores)
 
 
-def _result(name: str, base: Any, aligned: Any) -> RewardResult:
+def reward_result(name: str, base: Any, aligned: Any) -> RewardResult:
+    """Win rate and gain of paired scores, (prompts, repeats) each."""
     rate, gain = statistics.win_rate(base, aligned), statistics.mean_gain(base, aligned)
     return RewardResult(
         reward=name,
@@ -139,15 +140,14 @@ def held_out_accuracy(
 ) -> statistics.Estimate | None:
     """Implicit accuracy on pairs that training never saw: how often the chosen image gained more than the rejected.
 
-    For each pair the margin is averaged over `draws` timesteps, one from each slice of the range that the objective trains,
+    For each pair the margin is averaged over `draws` timesteps, one from each slice of the range that is trained,
     with fixed noise and always with the prompt, so that numbers of different steps and runs are comparable. Errors are
-    measured as the objective measures them. Ties in the data are left out.
+    measured as in training. Ties in the data are left out.
 
     Returns:
         Mean over pairs with its bootstrap interval, or None if there is no pair.
     """
-    objective = dataset.objective
-    first, last = objective.timestep_range(policy.num_timesteps)
+    first, last = policy.denoising.timestep_range(policy.num_timesteps)
     sizes = dataset.data.target_sizes
     hits: list[float] = []
     with sampling_mode(policy.bare, adapters=True):
@@ -165,14 +165,7 @@ def held_out_accuracy(
                 for k in range(draws):
                     t = (first + (k + place) / draws * (last - first + 1)).long().clamp(first, last)
                     latents, noise, _, conditioning = batch.stacked()
-                    ours, reference = policy.errors(
-                        latents,
-                        noise,
-                        torch.cat([t, t]),
-                        conditioning,
-                        space=objective.error_space,
-                        reduction=objective.error_reduction,
-                    )
+                    ours, reference = policy.errors(latents, noise, torch.cat([t, t]), conditioning)
                     assert reference is not None, "the reference was asked for"
                     gain_w, gain_l = (reference - ours).chunk(2)
                     margin += gain_w - gain_l

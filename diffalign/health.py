@@ -1,7 +1,7 @@
 """Is this run healthy? Alarms in plain words, the stop on a non-finite loss, and metrics by timestep bins.
 
-`Monitor` reads one row of metrics per optimiser step and knows the ways in which preference training of diffusion
-models fails without an error message. Nothing here touches a model.
+`Monitor` reads one row of metrics per optimiser step and knows the ways in which preference training fails without an
+error message. What is particular to texts is in `_health_text`. Nothing here touches a model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffalign._health_text import TextChecks
 from diffalign.errors import UserError
 
 LOG2 = math.log(2)
@@ -92,6 +93,7 @@ class Monitor:
         initial_loss: unweighted loss of an untouched adapter (the objective's `initial_loss()`): log 2 for sigmoid
             links, other links have their own; None where it is not known.
         fresh: the run starts with untouched adapters, so its first loss must be `initial_loss`; False on resume.
+        reference: implicit rewards are relative to a reference (the objective's `reads_reference()`).
         window: steps of smoothing. Single batches are far too noisy to judge.
         flat_steps: steps without any effect before `not_learning` is raised.
 
@@ -100,7 +102,13 @@ class Monitor:
     """
 
     def __init__(
-        self, *, initial_loss: float | None = LOG2, fresh: bool = True, window: int = 25, flat_steps: int = 10
+        self,
+        *,
+        initial_loss: float | None = LOG2,
+        fresh: bool = True,
+        reference: bool = True,
+        window: int = 25,
+        flat_steps: int = 10,
     ) -> None:
         self.initial_loss, self.fresh = initial_loss, fresh
         self.window, self.flat_steps = window, flat_steps
@@ -108,6 +116,7 @@ class Monitor:
         self._recent: deque[dict[str, float]] = deque(maxlen=200)
         self._quiet_for: dict[str, int] = {}  # active alarm -> steps since its condition was last true
         self._seen = 0
+        self._text = TextChecks(self._window, reference=reference)
 
     def update(self, row: Mapping[str, float]) -> list[Alarm]:
         """Take in one step.
@@ -122,6 +131,7 @@ class Monitor:
         values = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         self._seen += 1
         self._recent.append(values)
+        self._text.note(values)
         raised = []
         for code, (level, check) in self._checks().items():
             message = check()
@@ -136,7 +146,7 @@ class Monitor:
         return raised
 
     def _checks(self) -> dict[str, tuple[Literal["alarm", "notice"], Callable[[], str | None]]]:
-        return {
+        own: dict[str, tuple[Literal["alarm", "notice"], Callable[[], str | None]]] = {
             "first_loss": ("alarm", self._first_loss),
             "not_learning": ("alarm", self._not_learning),
             "winner_error": ("alarm", self._winner_error),
@@ -147,6 +157,7 @@ class Monitor:
             "loss_scale": ("alarm", self._loss_scale),
             "slow": ("notice", self._slow),
         }
+        return own | self._text.all()
 
     def _settle(self, code: str) -> None:
         if code in self._quiet_for:
@@ -178,12 +189,12 @@ class Monitor:
         if not self.fresh or self._seen > 1 or self.initial_loss is None or "loss" not in self._recent[0]:
             return None
         first = self._recent[0]
-        spread = first.get("logits/std", 0.0)
-        if abs(first["loss"] - self.initial_loss) < 1e-3 and spread < 1e-2:
+        spread, expected = first.get("logits/std", 0.0), self.initial_loss * first.get("weight", 1.0)
+        if abs(first["loss"] - expected) < 1e-3 and spread < 1e-2:
             return None
         return (
             f"the first loss is {first['loss']:.4f} (logit spread {spread:.2g}), but an untouched adapter must give "
-            f"{self.initial_loss:.4f} and 0: policy and reference differ before training. Look for dropout in "
+            f"{expected:.4f} and 0: policy and reference differ before training. Look for dropout in "
             "the network, noise that is not shared, or two number formats"
         )
 
@@ -196,14 +207,18 @@ class Monitor:
                 f"the learning rate was 0 for {len(rows)} steps: nothing is learnt. Check training.learning_rate and "
                 "training.lr_scheduler"
             )
-        if all(row.get("grad_norm", 1.0) == 0.0 for row in rows):
+        # Where no group has contrast, there is no gradient either; `no_contrast` says so.
+        if all(row.get("grad_norm", 1.0) == 0.0 and not _without_contrast(row) for row in rows):
             return (
                 f"the gradients were exactly 0 for {len(rows)} steps: the adapters are not attached, are frozen, or "
                 "do not reach the loss. Check lora.targets"
             )
         flat = self.initial_loss
         if flat is None or not all(
-            abs(row.get("loss", math.inf) - flat) < 1e-4 and row.get("logits/std", 1.0) < 1e-6 for row in rows
+            abs(row.get("loss", math.inf) - flat * row.get("weight", 1.0)) < 1e-4
+            and _spread(row) < 1e-6
+            and not _without_contrast(row)
+            for row in rows
         ):
             return None
         name = "log 2 = 0.6931" if flat == LOG2 else f"{flat:.4g}"
@@ -271,20 +286,31 @@ class Monitor:
             return None
         return (
             f"the fp16 loss scale fell to {scale:.3g}: gradients overflow at every step, and small ones vanish. Use "
-            "training.mixed_precision=bf16 (or no), or an fp16-safe VAE"
+            "training.mixed_precision=bf16 (or no), or, for images, an fp16-safe VAE"
         )
 
     def _slow(self) -> str | None:
-        rates = [row["pairs_per_second"] for row in self._recent if "pairs_per_second" in row]
+        unit = "pairs" if any("pairs_per_second" in row for row in self._recent) else "samples"
+        rates = [row[f"{unit}_per_second"] for row in self._recent if f"{unit}_per_second" in row]
         if len(rates) < 80:
             return None
         now, usual = statistics.median(rates[-20:]), statistics.median(rates[:-20])
         if now >= 0.5 * usual:
             return None
         return (
-            f"throughput fell from {usual:.3g} to {now:.3g} pairs per second. Something else uses the machine, memory "
+            f"throughput fell from {usual:.3g} to {now:.3g} {unit} per second. Something else uses the machine, memory "
             "is swapping, or the data loader cannot keep up (training.dataloader_workers)"
         )
+
+
+def _spread(row: Mapping[str, float]) -> float:
+    """How far implicit rewards are from zero; 1 where a run reports none."""
+    found = [abs(row[name]) for name in ("rewards/desirable", "rewards/undesirable") if name in row]
+    return row.get("logits/std", max(found, default=1.0))
+
+
+def _without_contrast(row: Mapping[str, float]) -> bool:
+    return row.get("frac_zero_std") == 1.0 or ("reward/best" in row and row.get("weight") == 0.0)
 
 
 class BinAccumulator:

@@ -12,31 +12,41 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign.health import BinAccumulator
-from diffalign.objectives import LossOutput
+from diffalign.losses import LossOut
 
 BINNED = ("implicit_acc", "rewards/margins")
 
 
 class StepMetrics:
-    """Collects per-sample metrics over one optimiser step; sums and counts are exact over micro-batches and ranks."""
+    """Collects metrics over one optimiser step; sums and counts are exact over micro-batches and ranks.
 
-    def __init__(self, accelerator: Accelerator, num_timesteps: int) -> None:
+    Args:
+        accelerator: sums over processes.
+        num_timesteps: of the schedule, for values by timestep; None where there are no timesteps.
+    """
+
+    def __init__(self, accelerator: Accelerator, num_timesteps: int | None) -> None:
         self.accelerator, self.num_timesteps = accelerator, num_timesteps
         self._values: dict[str, list[Tensor]] = {}
         self._bins: BinAccumulator | None = None
 
-    def add(self, out: LossOutput, t: Tensor) -> None:
-        """Take in one micro-batch; the logged loss is the unweighted one."""
-        values = {"loss": out.loss.detach(), **out.metrics}
+    def add(self, out: LossOut, t: Tensor | None = None) -> None:
+        """Take in one micro-batch; `t` are the timesteps of its items, (M,)."""
+        values = {"loss": out.per_item.detach(), **out.metrics}
         if "rewards/margins" in values:
             values["logits/square"] = values["rewards/margins"].square()
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach().double())
+        if t is not None and self.num_timesteps is not None:
+            self._add_bins(values, t)
+
+    def _add_bins(self, values: dict[str, Tensor], t: Tensor) -> None:
+        assert self.num_timesteps is not None, "tested by the caller"
         binned = {name: values[name] for name in BINNED if name in values}
         for side in ("chosen", "rejected"):
             if f"error/{side}_ref" in values:
                 binned[f"error_{side}_delta"] = values[f"error/{side}"] - values[f"error/{side}_ref"]
-        binned = binned or {"loss": values["loss"]}
+        binned = {k: v for k, v in binned.items() if len(v) == len(t)} or {"loss": values["loss"]}
         if self._bins is None:
             self._bins = BinAccumulator(list(binned), self.num_timesteps, device=t.device)
         self._bins.add(t, binned)
@@ -44,18 +54,25 @@ class StepMetrics:
     def reduce(self) -> dict[str, float]:
         """Means over everything added on every process; empties the collection."""
         names = sorted(self._values)
-        sums = torch.stack([torch.cat(self._values[n]).sum() for n in names])
-        count = torch.tensor([sum(len(v) for v in self._values[names[0]])], dtype=sums.dtype, device=sums.device)
-        assert self._bins is not None, "at least one micro-batch was added"
-        packed = torch.cat([sums, count, self._bins.sums.to(sums).flatten()])
-        packed = self.accelerator.reduce(packed, reduction="sum")
-        total = packed[len(names)].item()
-        row = {name: value / total for name, value in zip(names, packed[: len(names)].tolist(), strict=True)}
+        joined = [torch.cat(self._values[name]) for name in names]
+        sums = torch.stack([value.sum() for value in joined])
+        counts = torch.tensor([len(value) for value in joined], dtype=sums.dtype, device=sums.device)
+        bins = sums.new_zeros(0) if self._bins is None else self._bins.sums.to(sums).flatten()
+        packed = self.accelerator.reduce(torch.cat([sums, counts, bins]), reduction="sum")
+        totals = dict(zip(names, packed[len(names) : 2 * len(names)].tolist(), strict=True))
+        row = {
+            name: value / totals[name]
+            for name, value in zip(names, packed[: len(names)].tolist(), strict=True)
+            if totals[name]
+        }
         if "logits/square" in row:
             row["logits/std"] = max(0.0, row.pop("logits/square") - row["rewards/margins"] ** 2) ** 0.5
-        self._bins.sums = packed[len(names) + 1 :].view_as(self._bins.sums).to(self._bins.sums)
-        row |= self._bins.by_bin()
-        row["count"] = total
+        if row.get("weight") == 1.0:  # of data without weights: nothing to tell
+            del row["weight"]
+        if self._bins is not None:
+            self._bins.sums = packed[2 * len(names) :].view_as(self._bins.sums).to(self._bins.sums)
+            row |= self._bins.by_bin()
+        row["count"] = totals["loss"]
         self._values, self._bins = {}, None
         return row
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from diffalign._run_data import interval_of, read_data_report, row_counts
 from diffalign.config import ModelConfig, RunConfig, to_tree
 from diffalign.errors import did_you_mean
 from diffalign.files import atomic_write_text
+from diffalign.summary import objective_summary
 from diffalign.world.names import TINY_BASES
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_TORCH_DTYPE = {"no": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+TORCH_DTYPE = {"no": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+RESULT_HEAD = ("metric", "base", "aligned", "win rate", "95 % interval", "gain", "95 % interval")
 _FILE_KINDS = ("diffusers", "kohya")
 
 
@@ -56,7 +58,7 @@ def write_card(
         _results(tree, result),
         _training(config, tree, latent_elements),
         _data(tree, result, read_data_report(run_dir, tree)),
-        _licence(),
+        licence(),
     ]
     path = run_dir / "README.md"
     atomic_write_text(path, "\n\n".join(part.strip() for part in body if part) + "\n")
@@ -73,7 +75,24 @@ def caveats(tree: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[s
     if result is None:
         return ["Nothing was evaluated: no claim about quality is made."]
     notes = []
-    data, evaluation = _section(tree, "data"), _section(tree, "evaluation")
+    data, evaluation = section_of(tree, "data"), section_of(tree, "evaluation")
+    text = data.get("format") == "text"
+    generated = data.get("world_pairs") or data.get("world_text")
+    rewards = section_of(tree, "rollout").get("rewards") or ()
+    if data.get("world_text"):
+        notes.append(
+            "Training data and evaluation come from the same small generated world: this shows that training works, not "
+            "that a large model would gain as much."
+        )
+    elif result.get("metric") in rewards:
+        notes.append(
+            f"`{result.get('metric')}` is also the reward that was trained on: winning on it is no other evidence."
+        )
+    if isinstance(result.get("forget_recall"), Mapping):
+        notes.append(
+            "Forgetting is measured on the very prompts that were trained on: other wordings were not asked, and a little "
+            "fine-tuning may bring the answers back."
+        )
     if data.get("world_pairs"):
         notes.append(
             "The training pairs were judged by the same rule that scores the evaluation, on drawn scenes: this shows "
@@ -85,10 +104,11 @@ def caveats(tree: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[s
         )
     if isinstance(result.get("win_rate"), (int, float)):
         notes.append(
-            "Win rate: base and aligned images share prompt and noise, ties count one half, and the 95 % interval is a "
-            "bootstrap over prompts. It covers these prompts and one training run, not the spread between runs."
+            f"Win rate: base and aligned {'answers' if text else 'images'} share prompt and noise, ties count one half, and "
+            "the 95 % interval is a bootstrap over prompts. It covers these prompts and one training run, not the spread "
+            "between runs."
         )
-    if isinstance(count := evaluation.get("num_prompts"), int) and count < 200 and not data.get("world_pairs"):
+    if isinstance(count := evaluation.get("num_prompts"), int) and count < 200 and not generated and "metric" in result:
         notes.append(f"Only {count} prompts: about 800 are needed to tell 55 % from 50 %.")
     return notes
 
@@ -97,15 +117,15 @@ def caveats(tree: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[s
 
 
 def _front_matter(config: RunConfig) -> str:
-    tags = ["diffusers", "lora", "preference-alignment", "diffalign", _objective_name(config), config.model.family]
+    tags = ["diffusers", "lora", "preference-alignment", "diffalign", objective_name(config), config.model.family]
     head: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": list(dict.fromkeys(tags)),
     }
-    if _is_hub_id(config.model.pretrained):
+    if is_hub_id(config.model.pretrained):
         head = {"base_model": config.model.pretrained, "base_model_relation": "adapter", **head}
-    datasets = [source for source in config.data.sources if _is_hub_id(source)]
+    datasets = [source for source in config.data.sources if is_hub_id(source)]
     if datasets:
         head["datasets"] = datasets
     text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
@@ -113,10 +133,10 @@ def _front_matter(config: RunConfig) -> str:
 
 
 def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
-    title = getattr(type(config.objective), "title", _objective_name(config))
+    title = getattr(type(config.objective), "title", objective_name(config))
     name = Path(config.output_dir).name or "adapter"
     return (
-        f"# {name}\n\nA LoRA adapter (rank {config.lora.rank}, alpha {_alpha(config):g}) for "
+        f"# {name}\n\nA LoRA adapter (rank {config.lora.rank}, alpha {alpha_of(config):g}) for "
         f"{_base_label(config.model)}, trained with **{title}** on preference pairs by "
         f"diffalign {__version__}. The base model's weights are unchanged: without "
         "the adapter you have the reference that training started from."
@@ -158,14 +178,14 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
         lora: file name of the adapter in diffusers' format.
     """
     sampling, model = config.sampling, config.model
-    dtype = _TORCH_DTYPE[config.training.mixed_precision]
+    dtype = TORCH_DTYPE[config.training.mixed_precision]
     tiny = model.pretrained in TINY_BASES
     lines = ["import torch", ""]
     if tiny:
         lines += [
             "from diffalign.world.bases import load_pipeline",
             "",
-            f"pipe = load_pipeline({_quoted(model.pretrained)})",
+            f"pipe = load_pipeline({quoted(model.pretrained)})",
         ]
     else:
         lines += _load_lines(model, dtype)
@@ -176,16 +196,16 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
     if model.prediction_type:
         lines.append(
             "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, "
-            f"prediction_type={_quoted(model.prediction_type)})"
+            f"prediction_type={quoted(model.prediction_type)})"
         )
     lines += [
-        f'pipe.load_lora_weights(".", weight_name={_quoted(lora)})',
+        f'pipe.load_lora_weights(".", weight_name={quoted(lora)})',
         "",
         "image = pipe(",
-        f"    {_quoted(_prompt(config))},",
+        f"    {quoted(_prompt(config))},",
     ]
     if sampling.negative_prompt:
-        lines.append(f"    negative_prompt={_quoted(sampling.negative_prompt)},")
+        lines.append(f"    negative_prompt={quoted(sampling.negative_prompt)},")
     lines += [
         f"    num_inference_steps={sampling.num_inference_steps},",
         f"    guidance_scale={sampling.guidance_scale},",
@@ -208,17 +228,17 @@ def _load_lines(model: ModelConfig, dtype: str) -> list[str]:
     cls = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}.get(model.family, "DiffusionPipeline")
     call = "from_single_file" if single else "from_pretrained"
     # A local path is the trainer's own business: only its last part is published.
-    where = model.pretrained if _is_hub_id(model.pretrained) else Path(model.pretrained).name
-    arguments = [_quoted(where), f"torch_dtype={dtype}"]
-    arguments += [f"revision={_quoted(model.revision)}"] if model.revision else []
-    arguments += [f"variant={_quoted(model.variant)}"] if model.variant else []
+    where = model.pretrained if is_hub_id(model.pretrained) else Path(model.pretrained).name
+    arguments = [quoted(where), f"torch_dtype={dtype}"]
+    arguments += [f"revision={quoted(model.revision)}"] if model.revision else []
+    arguments += [f"variant={quoted(model.variant)}"] if model.variant else []
     lines = [f"from diffusers import {'AutoencoderKL, ' if model.vae else ''}{cls}", ""]
     if model.vae:
-        vae = model.vae if _is_hub_id(model.vae) else Path(model.vae).name
+        vae = model.vae if is_hub_id(model.vae) else Path(model.vae).name
         vae_call = "from_single_file" if vae.endswith(".safetensors") else "from_pretrained"
-        lines.append(f"vae = AutoencoderKL.{vae_call}({_quoted(vae)}, torch_dtype={dtype})")
+        lines.append(f"vae = AutoencoderKL.{vae_call}({quoted(vae)}, torch_dtype={dtype})")
         arguments.append("vae=vae")
-    if not _is_hub_id(model.pretrained):
+    if not is_hub_id(model.pretrained):
         lines.append("# the base checkpoint this was trained on: put your path to it here")
     return [*lines, f"pipe = {cls}.{call}({', '.join(arguments)})"]
 
@@ -226,10 +246,12 @@ def _load_lines(model: ModelConfig, dtype: str) -> list[str]:
 def _results(tree: Mapping[str, Any], result: Mapping[str, Any] | None) -> str:
     parts = ["## Results"]
     if result is not None:
-        evaluation, sampling = _section(tree, "evaluation"), _section(tree, "sampling")
+        evaluation, sampling = section_of(tree, "evaluation"), section_of(tree, "sampling")
         rewards = [row for row in result.get("rewards") or () if isinstance(row, Mapping)]
-        rows = [_result_row(row) for row in rewards] or [_result_row(result)]
-        parts.append(_table(("metric", "base", "aligned", "win rate", "95 % interval", "gain", "95 % interval"), rows))
+        rows = [result_row(row) for row in rewards] or [result_row(result)]
+        parts.append(
+            markdown_table(("metric", "base", "aligned", "win rate", "95 % interval", "gain", "95 % interval"), rows)
+        )
         accuracy = result.get("held_out_implicit_acc")
         if isinstance(accuracy, (int, float)):
             parts.append(f"Implicit accuracy on held-out pairs: {accuracy:.3f} (0.5 is chance).")
@@ -243,34 +265,34 @@ def _results(tree: Mapping[str, Any], result: Mapping[str, Any] | None) -> str:
     return "\n\n".join(parts)
 
 
-def _result_row(result: Mapping[str, Any]) -> list[str]:
+def result_row(result: Mapping[str, Any]) -> list[str]:
     return [
         str(result.get("reward") or result.get("metric") or ""),
-        _number(result.get("base_mean")),
-        _number(result.get("aligned_mean")),
-        _number(result.get("win_rate"), 3),
-        _span(result.get("win_rate_ci95")),
-        _number(result.get("gain"), 3),
-        _span(result.get("gain_ci95")),
+        number(result.get("base_mean")),
+        number(result.get("aligned_mean")),
+        number(result.get("win_rate"), 3),
+        span(result.get("win_rate_ci95")),
+        number(result.get("gain"), 3),
+        span(result.get("gain_ci95")),
     ]
 
 
-def _span(value: Any) -> str:
+def span(value: Any) -> str:
     interval = interval_of(value)
     return "" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
 
 
 def _training(config: RunConfig, tree: Mapping[str, Any], latent_elements: int | None) -> str:
-    objective, training = _section(tree, "objective"), config.training
-    summary = config.objective.summary(latent_elements)
-    rows = [(f"`{name}`", _number(value)) for name, value in objective.items() if value is not None]
+    objective, training = section_of(tree, "objective"), config.training
+    summary = objective_summary(config, elements=latent_elements)
+    rows = [(f"`{name}`", number(value)) for name, value in objective.items() if value is not None]
     explained = {
         "error_factor": "score = -factor x error",
         "beta_without_half": "the same strength in code that leaves out the 1/2 of the score",
         "beta_on_summed_error": "the same strength on the summed squared error, as the paper's pseudo-code has it",
     }
     rows += [
-        (f"{name}: {explained[name]}" if name in explained else name, _number(value))
+        (f"{name}: {explained[name]}" if name in explained else name, number(value))
         for name, value in summary.items()
         if name not in objective
     ]
@@ -283,18 +305,17 @@ def _training(config: RunConfig, tree: Mapping[str, Any], latent_elements: int |
         ),
         ("optimiser", f"{training.optimizer}, gradients clipped at {training.max_grad_norm:g}"),
         ("precision", {"no": "float32"}.get(training.mixed_precision, training.mixed_precision)),
-        ("LoRA targets", str(_section(tree, "lora").get("targets"))),
+        ("LoRA targets", str(section_of(tree, "lora").get("targets"))),
         ("weights saved", f"moving average, decay {training.ema_decay}" if training.ema_decay else "last step"),
         ("resolution", f"{config.data.resolution} px" + (", aspect-ratio buckets" if config.data.buckets else "")),
         ("seed", str(config.seed)),
     ]
-    return "## Training\n\n" + _table(("setting", "value"), rows) + "\n\nEverything else is in `config.yaml`."
+    return "## Training\n\n" + markdown_table(("setting", "value"), rows) + "\n\nEverything else is in `config.yaml`."
 
 
 def _data(tree: Mapping[str, Any], result: Mapping[str, Any] | None, report: Mapping[str, Any] | None) -> str:
-    data = _section(tree, "data")
-    # Folders of the machine it was trained on are nobody's business: only their names are published.
-    sources = [f"`{source if _is_hub_id(source) else Path(source).name}`" for source in data.get("sources") or ()]
+    data = section_of(tree, "data")
+    sources = source_names(data.get("sources") or ())
     made = data.get("world_pairs")
     origin = (
         f"images sampled from the base and judged by the tiny world's verifier and the taste *{made['taste']}*"
@@ -304,13 +325,21 @@ def _data(tree: Mapping[str, Any], result: Mapping[str, Any] | None, report: Map
     parts = [f"## Data\n\nFormat `{data.get('format')}`; source: {origin}. Ties: {data.get('ties')}."]
     if result is not None and isinstance(result.get("pairs"), int):
         parts.append(f"Pairs trained on: {result['pairs']:,}.")
-    if report:
-        counts = [(what, f"{n:,}", kind) for what, n, kind in row_counts(report)]
-        parts.append(_table(("while reading", "count", ""), counts))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *data_table(report)])
 
 
-def _licence() -> str:
+def source_names(sources: Sequence[str]) -> list[str]:
+    """Hub ids as they are; of folders of the machine it was trained on, which are nobody's business, only the names."""
+    return [f"`{source if is_hub_id(source) else Path(source).name}`" for source in sources]
+
+
+def data_table(report: Mapping[str, Any] | None) -> list[str]:
+    """What was read, kept and taken out; nothing without a report."""
+    counts = [(what, f"{n:,}", kind) for what, n, kind in row_counts(report)] if report else []
+    return [markdown_table(("while reading", "count", ""), counts)] if counts else []
+
+
+def licence() -> str:
     return (
         "## Licence and limits\n\nNo licence is set: choose one that the licences of the base model and of the data "
         "set allow, and put it into the front matter (`license: ...`). The adapter inherits the base model's biases "
@@ -321,26 +350,26 @@ def _licence() -> str:
 # -- Small helpers ----------------------------------------------------------------------------------------------------
 
 
-def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def section_of(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = tree.get(name)
     return section if isinstance(section, Mapping) else {}
 
 
-def _objective_name(config: RunConfig) -> str:
+def objective_name(config: RunConfig) -> str:
     return Path(str(to_tree(config)["objective"]["name"])).stem
 
 
-def _alpha(config: RunConfig) -> float:
+def alpha_of(config: RunConfig) -> float:
     return float(config.lora.rank if config.lora.alpha is None else config.lora.alpha)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     looks = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
     return looks and not name.endswith((".safetensors", ".parquet", ".jsonl")) and not Path(name).exists()
 
 
 def _base_label(model: ModelConfig) -> str:
-    if _is_hub_id(model.pretrained):
+    if is_hub_id(model.pretrained):
         return f"`{model.pretrained}`"
     if model.pretrained in TINY_BASES:
         return f"the embedded tiny base `{model.pretrained}`"
@@ -356,17 +385,17 @@ def _prompt(config: RunConfig) -> str:
     return "a fox in the snow, golden hour, photograph"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A Python literal with double quotes: JSON's is one."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _number(value: Any, digits: int = 4) -> str:
+def number(value: Any, digits: int = 4) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+def markdown_table(head: tuple[str, ...], rows: list[Any]) -> str:
     cells = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)

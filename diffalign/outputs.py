@@ -13,7 +13,7 @@ import torch
 from diffalign import evaluate, export, plugins
 from diffalign.config import RunConfig
 from diffalign.data.loader import PairMicroBatches
-from diffalign.families import Family
+from diffalign.families import DenoisingFamily
 from diffalign.files import atomic_write_text
 from diffalign.model_card import write_card
 from diffalign.policy import Policy
@@ -51,7 +51,7 @@ class Outputs:
         self,
         config: RunConfig,
         run_dir: Path,
-        family: Family,
+        family: DenoisingFamily,
         sampler: Sampler | None,
         *,
         summary: dict[str, float | str],
@@ -117,7 +117,7 @@ class Outputs:
         return result or None
 
     def _held_out(self, policy: Policy, dataset: PairMicroBatches, held_out: Sequence[int]) -> dict[str, Any]:
-        if not held_out or not self.config.objective.uses_reference:
+        if not held_out or not self.config.objective.reads_reference():
             return {}
         return held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
 

@@ -20,6 +20,7 @@ from diffalign.architecture import Architecture, Download, resolve
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
 from diffalign.measure import EncodeCost, NetworkCost, measure_encoder, measure_unet
+from diffalign.summary import images_per_pair, objective_summary
 
 GIB = 2**30
 # CUDA context, library workspaces and the allocator's own reserve.
@@ -33,7 +34,6 @@ CARDS = {"H100/H200": 989, "A100": 312, "RTX 4090": 165}
 PUBLISHED_RATE_PER_PAIR = 1e-8
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORAGE = {"float32": 4, "float16": 2, "bfloat16": 2}
-IMAGES = {"pairs": 2, "winners": 1}  # trained on, by the layout of the objective
 CACHED_IMAGES = 2  # of a pair, whatever the objective uses
 
 
@@ -178,7 +178,7 @@ class _Costs:
         self.config = config
         self.architecture: Architecture = resolve(config.model)
         self.dtype = DTYPES[config.training.mixed_precision]
-        self.images = IMAGES[type(config.objective).layout]
+        self.images = images_per_pair(config.objective)
         channels, height, width = self.architecture.latent_shape(config.data.resolution)
         self.latent_shape = (channels, height, width)
         self.network: NetworkCost = measure_unet(
@@ -232,7 +232,7 @@ class _Costs:
     def flops_per_pair(self, checkpointing: bool) -> int:
         """A training step's operations per pair; encoders only where there is no cache."""
         network = self.network
-        reference = network.forward_flops if type(self.config.objective).uses_reference else 0
+        reference = network.forward_flops if self.config.objective.reads_reference() else 0
         policy = network.policy_forward_flops * (2 if checkpointing else 1) + network.backward_flops
         encode = 0 if self.config.cache.enabled else self.encoder.flops
         return self.images * (reference + policy + encode)
@@ -385,7 +385,7 @@ def make_plan(
         learning_rate=training.learning_rate,
         rate_per_pair=training.learning_rate / effective,
         method=type(config.objective).title,
-        objective=config.objective.summary(math.prod(costs.latent_shape)),
+        objective=objective_summary(config, elements=math.prod(costs.latent_shape)),
         latent_bytes_per_pair=latent,
         text_bytes_per_prompt=text,
         cache_bytes=_cache_bytes(config, count, known, latent, text),

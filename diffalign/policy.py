@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.adapters import adapters_off
-from diffalign.families import Conditioning, Family
+from diffalign.config import DenoisingConfig
+from diffalign.data.batch import PairBatch
+from diffalign.families import Conditioning, DenoisingFamily
+from diffalign.losses import Layout, Objective, Scores
 from diffalign.prediction import PredictionType, add_noise, error_factor, mean_squared_error, target
-
-ErrorSpace = Literal["native", "epsilon", "v_prediction", "sample"]
-Reduction = Literal["mean", "sum"]
+from diffalign.references import Reference
 
 
 class Policy:
@@ -28,19 +28,25 @@ class Policy:
         network: the network as prepared for training (possibly wrapped for several processes).
         bare: the same network unwrapped.
         autocast: makes the mixed-precision context, entered for policy and reference alike.
+        denoising: where and how errors are measured.
+        reference: what the policy is compared with; None: the network with its adapters off.
     """
 
     def __init__(
         self,
-        family: Family,
+        family: DenoisingFamily,
         network: nn.Module,
         bare: nn.Module | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        denoising: DenoisingConfig | None = None,
+        reference: Reference | None = None,
     ) -> None:
         self.family = family
         self.network = network
         self.bare = network if bare is None else bare
         self.autocast = autocast
+        self.denoising = DenoisingConfig() if denoising is None else denoising
+        self.reference = reference
 
     @property
     def num_timesteps(self) -> int:
@@ -64,8 +70,6 @@ class Policy:
         t: Tensor,
         conditioning: Conditioning,
         *,
-        space: ErrorSpace = "native",
-        reduction: Reduction = "mean",
         reference: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Denoising errors of policy and reference at the same (x0, noise, t).
@@ -75,23 +79,40 @@ class Policy:
             noise: (N, C, h, w).
             t: int64 timesteps (N,).
             conditioning: with a batch axis of N.
-            space: where the error is measured; "native" is what the network predicts.
-            reduction: over the latent axes; published beta values refer to "mean".
             reference: False leaves the second result out (None).
 
         Returns:
             (policy errors with gradient, reference errors without), float32, shape (N,).
         """
-        schedule = self.family.schedule
+        schedule, space, reduction = self.family.schedule, self.denoising.error_space, self.denoising.error_reduction
         alpha, sigma = schedule.alpha_sigma(t)
         x_t = add_noise(x0, noise, alpha, sigma)
         wanted = target(schedule.prediction_type, x0, noise, alpha, sigma)
         measured: PredictionType = schedule.prediction_type if space == "native" else space
         factor = error_factor(schedule.prediction_type, measured, alpha, sigma)
+
+        def error(output: Tensor) -> Tensor:
+            return factor * mean_squared_error(output, wanted, reduction)
+
         reference_error = None
         # The reference goes first: adapters must not be switched between the policy's forward and its backward.
-        if reference:
-            output = self.predict_reference(x_t, t, conditioning)
-            reference_error = factor * mean_squared_error(output, wanted, reduction)
-        policy_error = factor * mean_squared_error(self.predict(x_t, t, conditioning), wanted, reduction)
-        return policy_error, reference_error
+        if reference and self.reference is None:
+            reference_error = error(self.predict_reference(x_t, t, conditioning))
+        elif reference:
+            assert self.reference is not None, "tested above"
+            reference_error = torch.zeros((), device=x_t.device)
+            for weight, weights in self.reference.parts():
+                with torch.no_grad(), self.reference.active(weights), self.autocast():
+                    output = self.family.predict(self.bare, x_t.to(self.family.dtype), t, conditioning)
+                reference_error = reference_error + weight * error(output)
+        return error(self.predict(x_t, t, conditioning)), reference_error
+
+    def scores(self, batch: PairBatch, objective: Objective) -> tuple[Scores, Layout]:
+        """Scores of a batch and who is compared with whom: minus one half of the denoising errors.
+
+        Objectives on pairs get chosen rows first, in one concatenated forward; a pair shares its timestep and its noise.
+        Objectives on single items get the chosen images with label 1 and the rejected ones with label 0.
+        """
+        rows, layout = batch.rows(objective.needs)
+        error, reference_error = self.errors(*rows, reference=objective.reads_reference())
+        return Scores.denoising(error, reference_error), layout

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffalign import plugins
-from diffalign.config import RunConfig
+from diffalign.config import GenerationConfig, RolloutConfig, RunConfig
 from diffalign.errors import ConfigError, DataError, did_you_mean
 from diffalign.files import require_writable
 
 if TYPE_CHECKING:
-    from diffalign.families import Family
-    from diffalign.objectives import Objective
+    from diffalign.families import DenoisingFamily, Family
+    from diffalign.losses import Objective
 
 SCHEDULES = (
     "linear",
@@ -31,12 +32,11 @@ def check(config: RunConfig) -> None:
         UserError: the first problem found.
     """
     from diffalign.adapters import check_lora
-    from diffalign.data.prompts import load_prompts
 
     family: type[Family] = plugins.find("families", config.model.family)
+    _refuse_unused(config, family.modality)
     family.preflight(config.model)
-    objective: Objective = config.objective
-    objective.check(family, config.model.prediction_type)
+    check_objective(config, family)
     plugins.find("readers", config.data.format)
     check_lora(config.lora)
     _check_training(config)
@@ -45,7 +45,98 @@ def check(config: RunConfig) -> None:
             f"training.attention {config.training.attention!r}: family {config.model.family!r} takes "
             f"{' or '.join(map(repr, family.attention_backends))} (PyTorch's own attention picks flash where it can)"
         )
-    _check_data(config, family)
+    _check_data(config)
+    if family.modality == "image":
+        _check_images(config, family)  # type: ignore[arg-type]
+    else:
+        check_text(config)
+    require_writable(Path(config.output_dir), needed_bytes=64 << 20)
+
+
+def check_objective(config: RunConfig, family: type[Family]) -> None:
+    """Refuse an objective that means nothing on the family's scores, or that the configured data cannot feed.
+
+    Raises:
+        ConfigError: with the reason and the nearest alternative.
+    """
+    from diffalign.losses import IncompatibleObjective
+
+    objective: Objective = config.objective
+    try:
+        objective.check(family.kind)
+    except IncompatibleObjective as error:
+        raise ConfigError(f"{error} (family {config.model.family!r})") from error
+    if config.reference.scheme != "frozen" and not objective.reads_reference():
+        raise ConfigError(
+            f"reference.scheme {config.reference.scheme!r}: objective {objective.name!r} has no reference; "
+            "leave the section out"
+        )
+    if family.modality == "image" and (wanted := set(objective.needs.layout) - {"pairs", "items"}):
+        raise ConfigError(
+            f"objective {objective.name!r} needs {', '.join(sorted(wanted))}; image data sets have pairs. "
+            "See `diffalign list objectives`"
+        )
+
+
+# Keys that only one modality reads: set for the other, they would silently do nothing.
+_ONLY: dict[str, tuple[str, ...]] = {
+    "image": (
+        "denoising",
+        "cache",
+        "sampling",
+        "model.vae",
+        "model.prediction_type",
+        "model.config",
+        "data.resolution",
+        "data.buckets",
+        "data.crop",
+        "data.flip",
+        "data.weight_by_prompt",
+        "data.world_pairs",
+        "training.channels_last",
+    ),
+    "text": (
+        "text",
+        "generation",
+        "rollout",
+        "model.load_in_4bit",
+        "data.retain_sources",
+        "data.retain_split",
+        "data.rename",
+        "data.world_text",
+    ),
+}
+
+
+def _refuse_unused(config: RunConfig, modality: str) -> None:
+    for other, keys in _ONLY.items():
+        if other == modality:
+            continue
+        for key in keys:
+            section, _, name = key.partition(".")
+            node = getattr(config, section)
+            default = type(node)() if not name else _default(type(node), name)
+            value = getattr(node, name) if name else node
+            if value != default:
+                raise ConfigError(
+                    f"{key}: has no effect on family {config.model.family!r}, which works on {modality}s; remove it"
+                )
+
+
+def _default(cls: type, name: str) -> Any:
+    return next(f.default for f in dataclasses.fields(cls) if f.name == name)
+
+
+def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
+    from diffalign.data.prompts import load_prompts
+
+    data = config.data
+    if data.resolution < family.resolution_step:
+        raise ConfigError(f"data.resolution: got {data.resolution}; expected at least {family.resolution_step} pixels")
+    if data.buckets and not config.cache.enabled:
+        raise ConfigError("data.buckets needs the cache, which knows every image's size; set cache.enabled: true")
+    if data.world_pairs is not None and data.format != "pickapic":
+        raise DataError(f"data.world_pairs writes the 'pickapic' format; data.format is {data.format!r}")
     check_sampling(config)
     if config.evaluation.at_end:
         if not config.evaluation.prompts:
@@ -54,7 +145,67 @@ def check(config: RunConfig) -> None:
             raise ConfigError("evaluation.rewards: empty, and evaluation.at_end is true; name at least one reward")
     if config.evaluation.prompts:
         load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
-    require_writable(Path(config.output_dir), needed_bytes=64 << 20)
+
+
+def check_text(config: RunConfig) -> None:
+    """Lengths, generation and rollout settings, and reward names of a text run.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    text, generation, rollout = config.text, config.generation, config.rollout
+    if config.data.format != "text":
+        raise ConfigError(f"data.format: got {config.data.format!r}; family {config.model.family!r} reads 'text'")
+    if "auto" in (config.training.train_batch_size, config.training.gradient_checkpointing):
+        raise ConfigError(
+            "training: 'auto' batch size and checkpointing are measured for image models only; give train_batch_size a "
+            "number and gradient_checkpointing true or false"
+        )
+    if text.max_length < 2 or text.logits_chunk < 1:
+        raise ConfigError(
+            f"text: got max_length {text.max_length} and logits_chunk {text.logits_chunk}; expected at least 2 and 1"
+        )
+    if text.max_prompt_length is not None and not 1 <= text.max_prompt_length < text.max_length:
+        raise ConfigError(
+            f"text.max_prompt_length: got {text.max_prompt_length}; expected 1 to {text.max_length - 1} (max_length - 1)"
+        )
+    if generation.max_new_tokens < 1 or generation.batch_size < 1 or generation.temperature < 0:
+        raise ConfigError(
+            f"generation: got max_new_tokens {generation.max_new_tokens}, batch_size {generation.batch_size}, temperature "
+            f"{generation.temperature}; expected at least 1, 1 and 0"
+        )
+    _check_rollout(config, rollout, generation)
+    if config.evaluation.at_end and config.evaluation.prompts and not config.evaluation.rewards:
+        raise ConfigError("evaluation.rewards: empty, and evaluation.prompts are set; name at least one text reward")
+    from diffalign import rewards
+
+    for name in (*config.evaluation.rewards, *rollout.rewards):
+        rewards.check_text(name)
+
+
+def _check_rollout(config: RunConfig, rollout: RolloutConfig, generation: GenerationConfig) -> None:
+    if not online(config):
+        if rollout != RolloutConfig():
+            raise ConfigError(f"rollout: objective {config.objective.name!r} samples nothing; remove the section")
+        return
+    if not rollout.rewards:
+        raise ConfigError("rollout.rewards: empty; online training needs at least one reward")
+    if rollout.reward_weights and len(rollout.reward_weights) != len(rollout.rewards):
+        raise ConfigError(
+            f"rollout.reward_weights: got {len(rollout.reward_weights)} for {len(rollout.rewards)} rewards; give one each"
+        )
+    if rollout.samples_per_prompt < 2:
+        raise ConfigError(f"rollout.samples_per_prompt: got {rollout.samples_per_prompt}; a group has at least 2")
+    if generation.top_p != 1 or generation.top_k != 0 or generation.temperature != 1:
+        raise ConfigError(
+            "generation: online training needs temperature 1, top_p 1 and top_k 0; otherwise the log-probability that is "
+            "trained is not the one that was sampled from"
+        )
+
+
+def online(config: RunConfig) -> bool:
+    """Whether a run samples what it trains on: objectives on groups, or any objective with `rollout.rewards` set."""
+    return "groups" in config.objective.needs.layout or bool(config.rollout.rewards)
 
 
 def _check_training(config: RunConfig) -> None:
@@ -122,7 +273,7 @@ def check_sampling(config: RunConfig) -> None:
     if config.sampling.scheduler:
         find_scheduler(config.sampling.scheduler)
     for name in config.evaluation.rewards:
-        rewards.find(name)
+        rewards.check_images(name)
 
 
 def _check_counts(config: RunConfig) -> None:
@@ -140,19 +291,13 @@ def _check_counts(config: RunConfig) -> None:
         raise ConfigError(f"data.max_pairs: got {config.data.max_pairs}; expected at least 1, or null for all")
 
 
-def _check_data(config: RunConfig, family: type[Family]) -> None:
+def _check_data(config: RunConfig) -> None:
     data = config.data
-    if not data.sources and data.world_pairs is None:
+    if not data.sources and data.world_pairs is None and data.world_text is None:
         raise ConfigError(
             "data.sources: empty; name local files or folders, or hub data set ids, in the order to try them"
         )
-    if data.resolution < family.resolution_step:
-        raise ConfigError(f"data.resolution: got {data.resolution}; expected at least {family.resolution_step} pixels")
-    if data.buckets and not config.cache.enabled:
-        raise ConfigError("data.buckets needs the cache, which knows every image's size; set cache.enabled: true")
     if not 0 <= config.evaluation.held_out_fraction < 1:
         raise ConfigError(
             f"evaluation.held_out_fraction: got {config.evaluation.held_out_fraction}; expected 0 <= value < 1"
         )
-    if data.world_pairs is not None and data.format != "pickapic":
-        raise DataError(f"data.world_pairs writes the 'pickapic' format; data.format is {data.format!r}")

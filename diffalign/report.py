@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,13 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from diffalign._charts import Series, heat_strip, interval_plot, line_chart
-from diffalign._page import COLOURS, card, cards, collapsed, missing, page, section, table
+from diffalign._charts import interval_plot
+from diffalign._curves import by_timestep, compare_curves, curves
+from diffalign._page import card, cards, collapsed, missing, page, section, table
+from diffalign._report_text import text_samples, unlearning
 from diffalign._run_data import RunData, duration, get, interval_of, is_number, read_json, read_run, row_counts, text_of
 from diffalign.errors import UserError
 from diffalign.files import atomic_write_text
-from diffalign.health import LOG2
 from diffalign.model_card import caveats
 
 REPORT, COMPARISON = "report.html", "comparison.html"
@@ -46,9 +44,9 @@ def write_report(run_dir: Path) -> Path:
             _header(run),
             section("Result", _result(run)),
             section("Alarms", _alarms(run)),
-            section("Before and after", _samples(run.folder)),
-            section("Curves", _curves(run)),
-            section("By timestep", _by_timestep(run)),
+            section("Before and after", text_samples(run) if run.is_text else _samples(run.folder)),
+            section("Curves", curves(run)),
+            section("By timestep", by_timestep(run)),
             section("Data", _data(run)),
             section("Configuration", _configuration(run)),
             section("Environment", _environment(run)),
@@ -84,7 +82,7 @@ def render_index(runs: Sequence[Path], out: Path | None = None) -> Path:
             f"<h1>Comparison of {len(data)} runs</h1>",
             missing("Curves are smoothed; each run's own report has the rest."),
             section("Results", _compare_results(data, names, out.parent)),
-            section("Curves", cards(_compare_curves(data, names))),
+            section("Curves", cards(compare_curves(data, names))),
         ],
     )
     atomic_write_text(out, document)
@@ -118,7 +116,13 @@ def _result(run: RunData) -> str:
     notes = "".join(f"<p><small>{escape(note).replace('`', '')}</small></p>" for note in caveats(run.config, result))
     rest = [(name.replace("_", " "), text_of(value)) for name, value in result.items() if name != "rewards"]
     tiles = cards([_means_card(metric, result), _rate_card(result), _gain_card(result), _cost_card(result)], "tiles")
-    return tiles + _rewards(result) + notes + (collapsed("Everything in result.json", table((), rest)) if rest else "")
+    return (
+        tiles
+        + unlearning(result)
+        + _rewards(result)
+        + notes
+        + (collapsed("Everything in result.json", table((), rest)) if rest else "")
+    )
 
 
 def _rewards(result: Mapping[str, Any]) -> str:
@@ -186,6 +190,7 @@ def _cost_card(result: Mapping[str, Any]) -> str:
     rows = [
         ("steps", result.get("steps")),
         ("pairs", result.get("pairs")),
+        ("samples", result.get("samples")),
         ("seconds per step", result.get("seconds_per_step")),
         ("training", duration(result.get("train_seconds"))),
         ("held-out accuracy", _accuracy(result)),
@@ -278,141 +283,6 @@ def _embed(path: Path, alt: str = "") -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Chart:
-    title: str
-    lines: tuple[tuple[str, str], ...]  # (metric, name in the legend)
-    reference: tuple[float, str] | None = None
-    y_range: tuple[float, float] | None = None
-    log: bool = False
-    percent: bool = False
-    smoothed: bool = True
-
-
-_CHARTS = (
-    _Chart("Loss", (("loss", ""),), (LOG2, "log 2")),
-    _Chart("Implicit accuracy", (("implicit_acc", ""),), (0.5, "chance"), (0.0, 1.0)),
-    _Chart("Margin", (("rewards/margins", "margin"), ("logits/std", "spread in the batch")), (0.0, "")),
-    _Chart(
-        "Error vs. reference",
-        (("chosen", "chosen"), ("rejected", "rejected")),
-        (0.0, "reference"),
-        percent=True,
-    ),
-    _Chart("Implicit rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), (0.0, "")),
-    _Chart("Gradient norm", (("grad_norm", ""),), log=True),
-    _Chart("Learning rate", (("learning_rate", ""),), smoothed=False),
-    _Chart("Pairs per second", (("pairs_per_second", ""),)),
-    _Chart("Memory in GB", (("memory_gb", ""),)),
-)
-
-
-def _curves(run: RunData) -> str:
-    if not run.rows:
-        return missing("No metrics yet.")
-    cut = missing(f"{run.unreadable_lines} line(s) of metrics.jsonl could not be read.") if run.unreadable_lines else ""
-    return cards([_chart(run, chart) for chart in _CHARTS]) + cut
-
-
-def _chart(run: RunData, chart: _Chart) -> str:
-    series = []
-    for i, (metric, name) in enumerate(chart.lines):
-        x, y = _error_change(run, metric) if chart.percent else run.column(metric)
-        if any(math.isfinite(value) for value in y):
-            series.append(Series(name, x, y, i))
-    if not series:
-        return ""
-    # log 2 is the loss of doing nothing only where pairs are compared.
-    reference = None if chart.title == "Loss" and not run.column("implicit_acc")[1] else chart.reference
-    svg = line_chart(
-        series, label=chart.title, reference=reference, y_range=chart.y_range, log=chart.log, smoothed=chart.smoothed
-    )
-    unit = " %" if chart.percent else ""
-    now = " / ".join(f"{_last(item):.4g}{unit}" for item in series)
-    return card(chart.title, svg, now=now, legend=[(s.name, s.colour) for s in series if len(chart.lines) > 1])
-
-
-def _last(series: Series) -> float:
-    """The smoothed end of a curve: the mean of its last twentieth."""
-    values = [value for value in series.y if math.isfinite(value)]
-    tail = values[-max(1, len(values) // 20) :]
-    return sum(tail) / len(tail)
-
-
-def _error_change(run: RunData, side: str) -> tuple[list[float], list[float]]:
-    """Steps, and the error of one side against the reference's in per cent, where both are known."""
-    names = (f"error/{side}", f"error/{side}_ref")
-    rows = [row for row in run.rows if all(is_number(row.get(name)) for name in names) and row[names[1]] > 0]
-    return [float(row["step"]) for row in rows], [100 * (row[names[0]] / row[names[1]] - 1) for row in rows]
-
-
-_BINNED = (
-    ("implicit_acc", "implicit accuracy"),
-    ("rewards/margins", "margin"),
-    ("error_chosen_delta", "chosen error − reference"),
-    ("error_rejected_delta", "rejected error − reference"),
-    ("loss", "loss"),
-)
-_STRIPS = ("implicit_acc", "error_chosen_delta")
-
-
-def _by_timestep(run: RunData) -> str:
-    bins = sorted(
-        {key.split("/")[0] for row in run.rows for key in row if key[0] == "t" and key.split("/")[0][1:].isdigit()}
-    )
-    if not bins:
-        return missing("No metrics by timestep.") if run.rows else ""
-    recent = run.rows[-max(1, len(run.rows) // 4) :]
-    share = 100 / len(bins)
-    names = [f"{i * share:.0f}–{(i + 1) * share:.0f} %" for i in range(len(bins))]
-    known = {key for row in recent for key in row}
-    metrics = [(m, title) for m, title in _BINNED if any(f"{b}/{m}" in known for b in bins)]
-    rows = [
-        (name, *(text_of(_weighted(recent, b, metric)) for metric, _ in metrics), f"{_total(run.rows, b):,.0f}")
-        for name, b in zip(names, bins)
-    ]
-    head = ("noise level", *(title for _, title in metrics), "samples in all")
-    strips = [_strip(run, bins, names, metric, title) for metric, title in metrics if metric in _STRIPS]
-    intro = missing(
-        "Noise level as a share of the schedule: 0 % is a clean image. Blue is better than neutral, orange worse."
-    )
-    return intro + cards(strips) + table(head, rows)
-
-
-def _strip(run: RunData, bins: Sequence[str], names: Sequence[str], metric: str, title: str) -> str:
-    columns = min(36, len(run.rows))
-    edges = [round(i * len(run.rows) / columns) for i in range(columns + 1)]
-    rows = [[_weighted(run.rows[a:b], name, metric) for a, b in itertools.pairwise(edges)] for name in bins]
-    values = [abs(value) for row in rows for value in row if math.isfinite(value)]
-    if not values:
-        return ""
-    accuracy = metric == "implicit_acc"
-    neutral, scale = (0.5, 0.5) if accuracy else (0.0, max(*values, 1e-12))
-    svg = heat_strip(
-        rows,
-        names,
-        neutral=neutral,
-        scale=scale,
-        x_max=run.rows[-1]["step"],
-        label=f"{title} by timestep",
-        more_is_better=accuracy,
-    )
-    return card(title, svg, now=f"full colour at ±{scale:.2g}")
-
-
-def _weighted(rows: Sequence[Mapping[str, Any]], name: str, metric: str) -> float:
-    """Mean of a bin's metric over rows, weighted by the samples in it; NaN without any."""
-    found = [
-        (row[f"{name}/{metric}"], row.get(f"{name}/count", 1)) for row in rows if is_number(row.get(f"{name}/{metric}"))
-    ]
-    total = sum(count for _, count in found)
-    return sum(value * count for value, count in found) / total if total else math.nan
-
-
-def _total(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    return sum(row[f"{name}/count"] for row in rows if is_number(row.get(f"{name}/count")))
-
-
 def _data(run: RunData) -> str:
     report = run.data_report
     if report is None:
@@ -477,28 +347,3 @@ def _compare_results(data: Sequence[RunData], names: Sequence[str], where: Path)
     head = ("run", "objective", "last step", "metric", "base", "aligned", "win rate", "95 % interval", "alarms")
     top = "".join(f"<th>{title}</th>" for title in head)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _compare_curves(data: Sequence[RunData], names: Sequence[str]) -> list[str]:
-    charts = []
-    for chart in _CHARTS:
-        for metric, side in chart.lines:
-            series = []
-            for i, (run, name) in enumerate(zip(data, names)):
-                x, y = _error_change(run, metric) if chart.percent else run.column(metric)
-                if any(math.isfinite(value) for value in y):
-                    series.append(Series(name, x, y, i % COLOURS))
-            if series:
-                title = f"{chart.title}{f', {side}' if side and side != chart.title.lower() else ''}"
-                title += ", %" if chart.percent else ""
-                svg = line_chart(
-                    series,
-                    label=title,
-                    reference=chart.reference,
-                    y_range=chart.y_range,
-                    log=chart.log,
-                    raw=False,
-                    smoothed=chart.smoothed,
-                )
-                charts.append(card(title, svg, legend=[(s.name, s.colour) for s in series]))
-    return charts

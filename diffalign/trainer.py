@@ -1,15 +1,15 @@
 """The training loop: read it from top to bottom.
 
-    data -> network + adapter -> [ micro-batches -> objective -> backward ] -> step -> log -> checkpoint -> outputs
+    data -> network + adapter -> [ micro-batches -> scores -> objective -> backward ] -> step -> log -> checkpoint -> outputs
 
-Timesteps, noise and order of the samples are functions of (seed, sample id) and come with the micro-batches, so a step
-does not depend on the number of processes, on how it is split into micro-batches, or on being resumed.
+What is particular to images or texts is the job's. Timesteps, noise and order of the samples are functions of (seed, sample
+id) and come with the micro-batches, so a step does not depend on the number of processes, on how it is split into
+micro-batches, or on being resumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import signal
@@ -27,21 +27,14 @@ from torch import nn
 from diffalign import adapters, checkpoint, preflight
 from diffalign._run_data import describe_environment
 from diffalign.config import RunConfig, TrainingConfig, dump
-from diffalign.data.batch import PairBatch
-from diffalign.data.loader import BatchPlan, PairMicroBatches, micro_batches
-from diffalign.data.pipeline import is_held_out
-from diffalign.data.prepare import REPORT, prepare
-from diffalign.data.prompts import load_prompts
-from diffalign.errors import ConfigError, MissingExtraError
-from diffalign.families import NETWORK
+from diffalign.errors import MissingExtraError
 from diffalign.files import atomic_write_text
-from diffalign.hardware import configure_network, make_accelerator, memory_gb, open_family, resolve_auto
+from diffalign.hardware import make_accelerator, memory_gb, open_family, resolve_auto
 from diffalign.health import Monitor, require_finite
+from diffalign.jobs import open_job
 from diffalign.metrics import MetricsFile, StepMetrics
-from diffalign.outputs import Outputs
-from diffalign.policy import Policy
 from diffalign.progress import Progress
-from diffalign.sampling import Sampler
+from diffalign.references import Reference
 from diffalign.stopping import StopRequest
 
 log = logging.getLogger(__name__)
@@ -85,47 +78,20 @@ def train(config: RunConfig) -> TrainResult:
         atomic_write_text(run_dir / "config.yaml", dump(config))
         atomic_write_text(run_dir / "environment.json", json.dumps(describe_environment(), indent=1))
 
-    # -- Data: from the source through the cache to pairs --------------------------------------------------------
-    prepared = prepare(config, family, accelerator)
-    if accelerator.is_main_process:
-        prepared.report.write(run_dir / REPORT)
-    fraction = config.evaluation.held_out_fraction
-    held_out = [i for i, p in enumerate(prepared.data.prompts) if is_held_out(p, fraction)]
-    kept = sorted(set(range(len(prepared.data))) - set(held_out))
-    sizes = prepared.data.target_sizes
-    assert training.train_batch_size != "auto", "resolve_auto has chosen"
-    plan = BatchPlan(kept, [sizes[i] for i in kept], training.train_batch_size, config.seed)
-    effective = training.train_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
-    identity = {
-        "effective_batch": effective,
-        "micro_batch": training.train_batch_size if len(plan.groups) > 1 else None,
-        "pairs": len(kept),
-        "prompts": hashlib.sha256("\n".join(prepared.data.prompts[i] for i in kept).encode()).hexdigest()[:16],
-    }
+    # -- Data: what is trained on, and what must be the same when the run is resumed ------------------------------
+    job = open_job(config, accelerator, family)
+    job.prepare()
+    identity = job.identity()
     if resumed is not None:
         checkpoint.check_identity(resumed, identity)
-    if objective.timestep_min >= family.schedule.num_timesteps:
-        raise ConfigError(
-            f"objective.timestep_min: got {objective.timestep_min}; the model has timesteps 0 to "
-            f"{family.schedule.num_timesteps - 1}"
-        )
-    dataset = PairMicroBatches(prepared.data, plan, objective, family, config.seed)
-    autocast = accelerator.autocast if training.mixed_precision != "no" else nullcontext
-    prompts = (
-        load_prompts(config.evaluation.prompts, config.evaluation.num_prompts) if config.evaluation.prompts else []
-    )
-    sampler = None
-    if prompts and accelerator.is_main_process:
-        sampler = Sampler(family, prompts, config.sampling, config.data.resolution, autocast)
 
-    # -- Network, adapter, optimiser -----------------------------------------------------------------------------
-    family.load(NETWORK)
-    bare = family.network
-    configure_network(bare, training)
+    # -- Network, adapter, reference, optimiser ------------------------------------------------------------------
+    bare = job.load()
     params = adapters.attach(bare, config.lora, seed=config.seed)
     modules, count = adapters.count(bare)
     bare.train()
     network = accelerator.prepare_model(bare)
+    reference = Reference(config.reference, bare, params)
     optimizer = accelerator.prepare_optimizer(make_optimizer(params, training))
     scheduler = get_scheduler(
         training.lr_scheduler,
@@ -134,13 +100,15 @@ def train(config: RunConfig) -> TrainResult:
         num_training_steps=training.max_train_steps,
     )
     ema = EMAModel(params, decay=training.ema_decay) if training.ema_decay else None
-    policy = Policy(family, network, bare, autocast)
+    job.start(network, bare, reference)
     step = 0
     if resumed is not None:
         step = resumed.step
         adapters.load_state_dict(bare, resumed.adapter)
         optimizer.optimizer.load_state_dict(resumed.state["optimizer"])
         scheduler.load_state_dict(resumed.state["scheduler"])
+        reference.load_state_dict(resumed.state.get("reference", {}))
+        job.load_state_dict(resumed.state.get("job", {}))
         if ema is not None:
             ema.load_state_dict(resumed.state["ema"])
             ema.to(device)
@@ -149,15 +117,19 @@ def train(config: RunConfig) -> TrainResult:
         log.info("resumed %s at step %d", resumed.path, step)
 
     # -- What this run is, in numbers ----------------------------------------------------------------------------
-    accumulation, world = training.gradient_accumulation_steps, accelerator.num_processes
-    elements = dataset.example(kept[0], 0).noise.numel()
-    summary = objective.summary(elements)
+    accumulation, world, effective = (
+        training.gradient_accumulation_steps,
+        accelerator.num_processes,
+        job.effective_batch,
+    )
+    summary = job.summary()
     log.info(
-        "%s on %d pairs (%d held out): %d LoRA modules, %s parameters; effective batch %d = %d x %d x %d processes; "
+        "%s on %d %s (%d held out): %d LoRA modules, %s parameters; effective batch %d = %d x %d x %d processes; "
         "learning rate in use %g; %.2f passes over the data",
         objective.title,
-        len(kept),
-        len(held_out),
+        job.count,
+        job.unit,
+        job.held_out,
         modules,
         f"{count:,}",
         effective,
@@ -165,24 +137,20 @@ def train(config: RunConfig) -> TrainResult:
         accumulation,
         world,
         training.learning_rate,
-        training.max_train_steps * effective / len(kept),
+        training.max_train_steps * effective / job.count,
     )
     if summary:
         log.info("%s", ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()))
-    outputs = Outputs(config, run_dir, family, sampler, summary=summary, latent_elements=elements)
-    if sampler is not None and step == 0:
-        outputs.sample_grid(0, adapters=False)
+    if step == 0 and accelerator.is_main_process:
+        job.sample(0, adapters=False)
     accelerator.wait_for_everyone()
 
     # -- The loop ------------------------------------------------------------------------------------------------
-    metrics = StepMetrics(accelerator, policy.num_timesteps)
-    monitor = Monitor(initial_loss=objective.initial_loss(), fresh=step == 0)
+    metrics = StepMetrics(accelerator, job.num_timesteps)
+    monitor = Monitor(initial_loss=job.initial_loss(), fresh=step == 0, reference=job.objective.reads_reference())
     rows = MetricsFile(run_dir / "metrics.jsonl", resume_step=step) if accelerator.is_main_process else None
     accelerator.init_trackers("diffalign", config={"objective": objective.title, "effective_batch": effective})
-    rank = accelerator.process_index
-    first = step * effective // training.train_batch_size
-    numbers = range(first + rank, training.max_train_steps * accumulation * world, world)
-    batches = micro_batches(dataset, numbers, training.dataloader_workers)
+    batches = job.micro_batches(step)
     last_checkpoint = str(resumed.path) if resumed else None
     seconds_before = resumed.manifest["train_seconds"] if resumed else 0.0
     started, busy, first_step = time.perf_counter(), 0.0, step
@@ -197,6 +165,9 @@ def train(config: RunConfig) -> TrainResult:
             state["ema"] = ema.state_dict()
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
+        state |= {
+            name: value for name, value in (("reference", reference.state_dict()), ("job", job.state_dict())) if value
+        }
         extra = {
             "objective": summary,
             "identity": identity,
@@ -210,13 +181,13 @@ def train(config: RunConfig) -> TrainResult:
         while step < training.max_train_steps and not stop_requested(stop, accelerator):
             tick = time.perf_counter()
             for part in range(accumulation):
-                batch: PairBatch = next(batches).to(device)
+                batch = next(batches)
                 # Gradients travel between processes once per optimiser step.
                 with accelerator.no_sync(network) if part < accumulation - 1 else nullcontext():
-                    out = objective(policy, batch)
-                    require_finite(step + 1, batch.ids, out.loss, last_checkpoint)
-                    accelerator.backward((batch.weight * out.loss).mean() / accumulation)
-                metrics.add(out, batch.t)
+                    out = job.loss(batch)
+                    require_finite(step + 1, batch.ids, out.per_item, last_checkpoint)
+                    accelerator.backward(out.loss / accumulation)
+                job.record(metrics, batch, out)
             grad_norm = clip(accelerator, params, training.max_grad_norm)
             learning_rate = float(scheduler.get_last_lr()[0])
             optimizer.step()
@@ -227,6 +198,8 @@ def train(config: RunConfig) -> TrainResult:
             if ema is not None:
                 ema.step(params)
             step += 1
+            reference.after_step(step)
+            job.after_step(step)
 
             row = metrics.reduce()
             seconds = time.perf_counter() - tick
@@ -236,7 +209,7 @@ def train(config: RunConfig) -> TrainResult:
                 "samples": step * effective,
                 "grad_norm": grad_norm,
                 "learning_rate": learning_rate,
-                "pairs_per_second": effective / seconds,
+                f"{job.unit}_per_second": effective / seconds,
                 "seconds_per_step": seconds,
                 "memory_gb": memory_gb(device),
             }
@@ -250,14 +223,14 @@ def train(config: RunConfig) -> TrainResult:
                     rows.write(row)
                     accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
             bar.advance()
-            bar.note(f"loss {row['loss']:.4f} acc {row.get('implicit_acc', float('nan')):.2f}")
+            bar.note(progress_note(row))
             last = step == training.max_train_steps
             if accelerator.is_main_process:
                 if last or (training.checkpointing_steps and step % training.checkpointing_steps == 0):
                     last_checkpoint = save_checkpoint()
-                if sampler is not None and not last and training.sample_steps and step % training.sample_steps == 0:
+                if not last and training.sample_steps and step % training.sample_steps == 0:
                     with swapped(ema, params):
-                        outputs.sample_grid(step, adapters=True)
+                        job.sample(step, adapters=True)
             accelerator.wait_for_everyone()
     train_seconds = seconds_before + time.perf_counter() - started
 
@@ -273,14 +246,11 @@ def train(config: RunConfig) -> TrainResult:
     result = None
     if accelerator.is_main_process:
         with swapped(ema, params):
-            result = outputs.finish(
-                policy,
-                dataset,
-                held_out,
-                step=step,
-                facts={
+            result = job.finish(
+                step,
+                {
                     "steps": step,
-                    "pairs": len(kept),
+                    job.unit: job.count,
                     "effective_batch": effective,
                     "seconds_per_step": busy / max(1, step - first_step),
                     "train_seconds": train_seconds,
@@ -289,6 +259,13 @@ def train(config: RunConfig) -> TrainResult:
             )
     end(accelerator)
     return TrainResult(run_dir, step, result)
+
+
+def progress_note(row: dict[str, float]) -> str:
+    """The few numbers beside the progress bar."""
+    shown = {"acc": "implicit_acc", "reward": "reward", "grad": "grad_norm"}
+    found = [f"{label} {row[name]:.2f}" for label, name in shown.items() if name in row]
+    return " ".join([f"loss {row['loss']:.4f}", *found[:2]])
 
 
 def end(accelerator: Accelerator) -> None:

@@ -166,7 +166,7 @@ Change = namedtuple("Change", "changes message")
     [
         Change({"seed": 1}, "seed was 0, is 1"),
         Change({"training": {"learning_rate": 3e-5}}, r"training\.learning_rate was 1e-05, is 3e-05"),
-        Change({"objective": {"name": "dpo", "beta_dpo": 600}}, r"objective\.beta_dpo was 500.0, is 600.0"),
+        Change({"objective": {"name": "dpo", "beta_dpo": 600}}, r"objective\.beta was 500.0, is 600.0"),
         Change({"objective": {"name": "sft"}}, r"objective\..* was "),
         Change({"lora": {"rank": 8}}, r"lora\.rank was 16, is 8"),
         Change({"lora": {"targets": ["to_q"]}}, r"lora\.targets was 'attention', is \['to_q'\]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from diffalign import plugins
 from diffalign.config import RunConfig, apply_override, build, config_folder, dump, load_config, to_tree
 from diffalign.errors import ConfigError
-from diffalign.objectives.sft import SFT
+from diffalign.losses import RobustDPO
 
 OWN_OBJECTIVE = '''
 """An objective outside of the package."""
@@ -21,18 +22,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffalign.objectives import LossOutput, Objective
+from diffalign.losses import LossOut, Objective
+from diffalign.losses.base import needs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(Objective):
     strength: float = 1.0
+    name: ClassVar[str] = "mine"
     title: ClassVar[str] = "Mine"
-    layout: ClassVar = "pairs"
-    uses_reference: ClassVar[bool] = False
+    composition: ClassVar[str] = "score"
+    needs: ClassVar = needs("pairs", reference=False)
 
-    def __call__(self, policy, batch):
-        return LossOutput(batch.p * self.strength, {})
+    def __call__(self, scores, layout, stats=None):
+        return LossOut(scores.theta * self.strength, {})
 '''
 
 
@@ -57,7 +60,7 @@ def refused(match: str, **changes: Any) -> None:
 def test_unknown_keys_are_refused_with_the_nearest_name_at_every_level() -> None:
     refused(r"^trainning: unknown key; did you mean 'training'\? Known: cache, data", trainning={})
     refused(r"^training\.learning_rte: unknown key; did you mean 'learning_rate'\?", training={"learning_rte": 1})
-    refused(r"^objective\.betta_dpo: unknown key; did you mean 'beta_dpo'\?", objective={"name": "dpo", "betta_dpo": 1})
+    refused(r"^objective\.betta: unknown key; did you mean 'beta'\?", objective={"name": "dpo", "betta": 1})
     refused(r"^data\.world_pairs\.promts: unknown key; did you mean 'prompts'\?", data={"world_pairs": {"promts": 3}})
     refused(r"^cache\.zzz: unknown key\. Known: batch_size", cache={"zzz": 1})
 
@@ -72,7 +75,7 @@ def test_missing_keys_are_named() -> None:
     refused(r"^model\.pretrained: missing", model={"family": "sdxl"})
     with pytest.raises(ConfigError, match=r"^output_dir: missing"):
         build({"model": {"family": "sdxl", "pretrained": "x"}, "objective": {"name": "dpo"}})
-    refused("^objective: expected a section with a name.*Available: dpo, ", objective={"beta_dpo": 1})
+    refused("^objective: expected a section with a name.*Available: .*dpo, ", objective={"beta_dpo": 1})
     refused(r"^objective 'dppo' not found; did you mean 'dpo'\?", objective={"name": "dppo"})
 
 
@@ -122,7 +125,7 @@ def test_lists_and_single_values() -> None:
         ("training", [1], r"^training: got \[1\]; a section with keys expected"),
         ("data", {"ties": True}, r"^data\.ties: got True; expected one of 'drop', 'soft'"),
         ("lora", {"alpha": "x"}, r"^lora\.alpha: got 'x' \(str\); a number expected"),
-        ("objective", {"name": "dpo", "beta_dpo": -1}, r"^objective: beta_dpo is -1"),
+        ("objective", {"name": "dpo", "beta_dpo": -1}, r"^objective: beta is -1"),
     ],
 )
 def test_values_of_the_wrong_type(section: str, values: Any, message: str) -> None:
@@ -158,7 +161,7 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
             "model.vae=a=b",
         ],
     )
-    assert (config.seed, config.training.learning_rate, config.objective.beta_dpo) == (7, 2e-5, 300.0)
+    assert (config.seed, config.training.learning_rate, config.objective.beta) == (7, 2e-5, 300.0)
     assert config.data.world_pairs is not None
     assert config.data.world_pairs.prompts == 9
     assert config.data.sources == ("a", "b")
@@ -169,9 +172,19 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
 def test_the_objective_can_be_changed_by_an_override(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("output_dir: x\nmodel: {family: sd, pretrained: y}\nobjective: {name: dpo}\n")
-    assert isinstance(load_config(file, ["objective.name=sft"]).objective, SFT)
-    with pytest.raises(ConfigError, match=r"objective\.beta_dpo: unknown key"):
-        load_config(file, ["objective.name=sft", "objective.beta_dpo=5"])
+    assert isinstance(load_config(file, ["objective.name=robust_dpo"]).objective, RobustDPO)
+    with pytest.raises(ConfigError, match=r"objective\.label_smoothing: unknown key"):
+        load_config(file, ["objective.name=robust_dpo", "objective.label_smoothing=0.1"])
+
+
+def test_the_name_that_diffusers_scripts_use_for_beta_is_understood(tmp_path: Path) -> None:
+    assert make(objective={"name": "dpo", "beta_dpo": 7}).objective.beta == 7
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: x\nmodel: {family: sd, pretrained: y}\nobjective: {name: dpo, beta_dpo: 30}\n")
+    assert load_config(file, ["objective.beta=5"]).objective.beta == 5
+    assert load_config(file, ["objective.beta_dpo=6"]).objective.beta == 6
+    assert load_config(file, ["objective.name=ipo", "objective.beta=7"]).objective.beta == 7
+    refused(r"^objective\.beta_dpo: given twice.* same setting", objective={"name": "dpo", "beta": 1, "beta_dpo": 2})
 
 
 @pytest.mark.parametrize(
@@ -197,7 +210,7 @@ def test_a_dumped_config_reads_back_equal(tmp_path: Path) -> None:
         lora={"targets": ["to_q"], "alpha": 3},
         training={"learning_rate": 1e-7, "train_batch_size": "auto", "mixed_precision": "no"},
         evaluation={"prompts": ["one", "two: three"], "rewards": ["world_taste:outlined"]},
-        objective={"name": "dpo", "loss_type": "hinge", "beta_dpo": 12.5},
+        objective={"name": "dpo", "label_smoothing": 0.25, "beta_dpo": 12.5},
     )
     file = tmp_path / "config.yaml"
     file.write_text(dump(config), encoding="utf-8")
@@ -244,6 +257,14 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         load_config(file)
 
 
-def test_every_objective_is_known_by_its_file_name() -> None:
+def test_every_objective_is_known_by_its_name() -> None:
     for name in plugins.names("objectives"):
-        assert to_tree(make(objective={"name": name}))["objective"]["name"] == name
+        cls = plugins.find("objectives", name)
+        missing = {
+            f.name: 0.5 for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+        }
+        assert to_tree(make(objective={"name": name} | missing))["objective"]["name"] == name
+
+
+def test_settings_without_a_published_value_have_to_be_given() -> None:
+    refused(r"^objective\.rate: missing; it has no default", objective={"name": "dynamic_label_dpo"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,128 @@ def test_gradient_spikes_are_raised_again_after_recovery_only() -> None:
 def test_loss_scale_and_throughput() -> None:
     alarms = run(lambda step, row: {"loss_scale": 2.0 ** (10 - step / 10), "pairs_per_second": 10 if step < 120 else 3})
     assert [(a.code, a.step) for a in alarms] == [("loss_scale", 101), ("slow", 130)]
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def preferences(step: int) -> dict[str, float]:
+    """A healthy row of preference training on texts."""
+    noise = np.random.default_rng(step).normal(size=3)
+    progress = 0.0 if step == 0 else step / 200
+    return {
+        "step": step,
+        "loss": LOG2 - 0.1 * progress,
+        "implicit_acc": 0.5 + 0.3 * progress,
+        "rewards/chosen": 0.2 * progress + 0.01 * noise[0] * (step > 0),
+        "rewards/rejected": -0.2 * progress,
+        "rewards/margins": 0.4 * progress,
+        "logits/std": 0.2 * (step > 0),
+        "logps/chosen": -40 + 5 * noise[1],
+        "grad_norm": 1.0,
+        "samples_per_second": 20.0,
+    }
+
+
+def sampled(step: int) -> dict[str, float]:
+    """A healthy row of online training: the reward rises, half of the groups have contrast."""
+    noise = np.random.default_rng(step).normal(size=4)
+    return {
+        "step": step,
+        "loss": 0.01 * noise[0],
+        "reward": 0.3 + step / 500 + 0.05 * noise[1],
+        "frac_zero_std": 0.5,
+        "length": 30 + 2 * noise[2],
+        "finished": 0.95,
+        "entropy": 1.0 - step / 500 + 0.05 * noise[3],
+        "kl": 0.05,
+        "ratio": 1.0,
+        "grad_norm": 1.0,
+    }
+
+
+Row = dict[str, float]
+
+
+def text_alarms(row: Callable[[int], Row], change: Callable[[int], Row], **monitor: Any) -> list[str]:
+    watch = Monitor(initial_loss=None, **monitor)
+    for step in range(150):
+        watch.update(row(step) | change(step))
+    return [alarm.code for alarm in watch.alarms]
+
+
+def test_healthy_text_runs_are_silent() -> None:
+    for row in (preferences, sampled):
+        assert text_alarms(row, lambda step: {}) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "codes"),
+    [
+        (preferences, lambda step: {"rewards/chosen": -step / 500}, ["likelihood_displacement"]),
+        (preferences, lambda step: {"rewards/chosen": -step / 50}, ["likelihood_displacement", "chosen_falls"]),
+        (preferences, lambda step: {"rewards/chosen": -step / 50, "implicit_acc": 0.5}, ["chosen_falls"]),
+        (preferences, lambda step: {"samples_per_second": 20.0 if step < 100 else 5.0}, ["slow"]),
+        (sampled, lambda step: {"frac_zero_std": 0.95}, ["no_contrast"]),
+        (sampled, lambda step: {"frac_zero_std": 1.0, "grad_norm": 0.0, "loss": 0.0}, ["no_contrast"]),
+        (sampled, lambda step: {"reward": 0.3 - step / 500}, ["reward_falls"]),
+        (sampled, lambda step: {"reward": 0.3 + (0.2 if step % 2 else -0.2)}, []),
+        (sampled, lambda step: {"length": 30 + step}, ["length"]),
+        (sampled, lambda step: {"length": 4 + step / 15}, []),
+        (sampled, lambda step: {"finished": 0.4}, ["unfinished"]),
+        (sampled, lambda step: {"finished": 1.0 - step / 300}, ["unfinished"]),
+        (sampled, lambda step: {"kl": step / 100}, ["kl"]),
+        (sampled, lambda step: {"entropy": math.exp(-step / 30)}, ["entropy"]),
+    ],
+)
+def test_text_alarms(row: Callable[[int], Row], change: Callable[[int], Row], codes: list[str]) -> None:
+    assert text_alarms(row, change) == codes
+
+
+def test_implicit_rewards_without_a_reference_are_no_fall() -> None:
+    fallen = lambda step: {"rewards/chosen": -3.0}  # noqa: E731
+    assert text_alarms(preferences, fallen) == ["chosen_falls", "likelihood_displacement"]
+    assert text_alarms(preferences, fallen, reference=False) == []
+
+
+def test_a_kl_that_is_not_per_token_is_not_judged() -> None:
+    watch = Monitor(initial_loss=None)
+    for step in range(40):
+        watch.update({"step": step, "loss": 0.0, "kl": 8.0})
+    assert watch.alarms == []
+
+
+def test_pairs_of_sampled_answers_without_contrast() -> None:
+    watch = Monitor()
+    for step in range(40):
+        watch.update({"step": step, "loss": 0.0, "weight": 0.0, "reward/best": 1.0, "grad_norm": 0.0})
+    assert [alarm.code for alarm in watch.alarms] == ["no_contrast"]
+
+
+def test_the_first_loss_is_compared_with_weights() -> None:
+    for loss, codes in ((0.25 * LOG2, []), (LOG2, ["first_loss"])):
+        watch = Monitor()
+        watch.update({"step": 0, "loss": loss, "weight": 0.25, "logits/std": 0.0})
+        assert [alarm.code for alarm in watch.alarms] == codes
+
+
+def test_a_loss_of_unpaired_training_that_does_not_move() -> None:
+    for reward, codes in ((0.0, ["not_learning"]), (0.1, [])):
+        watch = Monitor(initial_loss=0.5)
+        for step in range(20):
+            watch.update({"step": step, "loss": 0.5, "rewards/desirable": reward, "rewards/undesirable": 0.0})
+        assert [alarm.code for alarm in watch.alarms] == codes
+
+
+def test_what_is_to_be_retained_is_watched() -> None:
+    def alarms(start: float, fall: float) -> list[str]:
+        watch = Monitor(initial_loss=None)
+        for step in range(60):
+            watch.update({"step": step, "loss": 1.0, "logps/retain": start - fall * step, "logps/forget": -step})
+        return [alarm.code for alarm in watch.alarms]
+
+    assert alarms(-0.1, 0.0) == alarms(-40.0, 0.1) == []
+    assert alarms(-0.1, 0.1) == alarms(-40.0, 1.0) == ["retain_lost"]
 
 
 def test_non_finite_metrics_and_missing_ones_are_ignored() -> None:

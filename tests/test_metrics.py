@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffalign.losses import LossOut
 from diffalign.metrics import MetricsFile, StepMetrics, read_rows
-from diffalign.objectives import LossOutput
 
 
 class OneProcess:
@@ -41,7 +41,7 @@ def collect(sizes: list[int], copies: int = 1) -> dict[str, float]:
             "error/rejected": loss[part],
             "error/rejected_ref": loss[part] + 2,
         }
-        metrics.add(LossOutput(loss[part].requires_grad_(), values), t[part])
+        metrics.add(LossOut(loss[part].requires_grad_(), values), t[part])
         start += size
     return metrics.reduce()
 
@@ -76,7 +76,7 @@ def test_counts_and_bins_add_up_over_processes() -> None:
 def test_a_step_starts_empty() -> None:
     metrics = StepMetrics(OneProcess(), 1000)  # type: ignore[arg-type]
     for value in (1.0, 3.0):
-        metrics.add(LossOutput(torch.tensor([value]), {}), torch.tensor([5]))
+        metrics.add(LossOut(torch.tensor([value]), {}), torch.tensor([5]))
         row = metrics.reduce()
         assert (row["loss"], row["count"], row["t0/loss"]) == (value, 1, value)
 

@@ -93,7 +93,7 @@ def test_every_reward_has_its_row(tmp_path: Path) -> None:
 def test_beta_is_given_in_every_convention(tmp_path: Path) -> None:
     """beta 2000 on the mean over 16,384 elements with the 1/2 is 1000 without it and 0.061 on the sum."""
     text = card(tmp_path, make_config(), latent_elements=16384)
-    assert "| `beta_dpo` | 2,000 |" in text or "| `beta_dpo` | 2000 |" in text
+    assert "| `beta` | 2,000 |" in text or "| `beta` | 2000 |" in text
     assert re.search(r"beta_without_half.*\| 1,?000 \|", text)
     assert re.search(r"beta_on_summed_error.*\| 0\.06104 \|", text)
 

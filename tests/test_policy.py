@@ -5,9 +5,9 @@ import torch
 from tests_support import random_batch
 
 from diffalign import adapters
-from diffalign.config import LoraConfig, ModelConfig
+from diffalign.config import DenoisingConfig, LoraConfig, ModelConfig
 from diffalign.families import NETWORK, load_family
-from diffalign.objectives.dpo import DPO
+from diffalign.losses import DPO
 from diffalign.policy import Policy
 
 
@@ -38,12 +38,16 @@ def disturb(network, size=0.05):
                 parameter.copy_(size * torch.randn(parameter.shape, generator=g))
 
 
+def score(objective, policy, batch):
+    return objective(*policy.scores(batch, objective))
+
+
 def test_a_fresh_adapter_agrees_with_the_reference_bitwise(fresh):
     batch = random_batch(2)
     ours, reference = Policy(fresh, fresh.network).errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
     assert torch.equal(ours, reference)
-    out = DPO(beta_dpo=5000.0)(Policy(fresh, fresh.network), batch)
-    assert torch.equal(out.loss.detach(), torch.full((2,), 2.0).log())
+    out = score(DPO(beta=5000.0), Policy(fresh, fresh.network), batch)
+    assert torch.equal(out.per_item.detach(), torch.full((2,), 2.0).log())
 
 
 def test_the_reference_is_untouched_by_a_trained_adapter(fresh):
@@ -58,7 +62,7 @@ def test_the_reference_is_untouched_by_a_trained_adapter(fresh):
 
 def test_gradients_reach_the_adapter_and_nothing_else(fresh):
     disturb(fresh.network)
-    DPO(beta_dpo=100.0)(Policy(fresh, fresh.network), random_batch(2)).loss.mean().backward()
+    score(DPO(beta=100.0), Policy(fresh, fresh.network), random_batch(2)).loss.backward()
     with_gradient = {n for n, p in fresh.network.named_parameters() if p.grad is not None}
     assert with_gradient
     assert all("lora_" in name for name in with_gradient)
@@ -67,7 +71,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(fresh):
 def test_identical_images_give_a_zero_margin_for_any_policy(fresh):
     disturb(fresh.network)
     batch = random_batch(2, same_images=True)
-    out = DPO(beta_dpo=5000.0)(Policy(fresh, fresh.network), batch)
+    out = score(DPO(beta=5000.0), Policy(fresh, fresh.network), batch)
     torch.testing.assert_close(out.metrics["rewards/margins"], torch.zeros(2), rtol=0, atol=2e-2)
 
 
@@ -75,7 +79,8 @@ def test_errors_in_another_space_differ_by_the_known_factor(fresh):
     batch = random_batch(2)
     policy = Policy(fresh, fresh.network)
     native, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
-    epsilon, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning, space="epsilon")
+    policy.denoising = DenoisingConfig(error_space="epsilon")
+    epsilon, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
     assert fresh.schedule.prediction_type == "v_prediction"
     torch.testing.assert_close(epsilon, native * fresh.schedule.alphas_cumprod[batch.t])
 
@@ -84,7 +89,8 @@ def test_sum_is_the_mean_times_the_number_of_latent_elements(fresh):
     batch = random_batch(2)
     policy = Policy(fresh, fresh.network)
     mean, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
-    total, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning, reduction="sum")
+    policy.denoising = DenoisingConfig(error_reduction="sum")
+    total, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
     torch.testing.assert_close(total, mean * batch.chosen[0].numel())
 
 
@@ -103,6 +109,6 @@ def test_the_error_is_measured_against_the_v_target(fresh):
 def test_splitting_a_batch_gives_the_same_losses(fresh):
     disturb(fresh.network)
     policy = Policy(fresh, fresh.network)
-    whole = DPO(beta_dpo=50.0)(policy, random_batch(4)).loss
-    parts = [DPO(beta_dpo=50.0)(policy, random_batch(4, only=slice(i, i + 1))).loss for i in range(4)]
+    whole = score(DPO(beta=50.0), policy, random_batch(4)).per_item
+    parts = [score(DPO(beta=50.0), policy, random_batch(4, only=slice(i, i + 1))).per_item for i in range(4)]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-4)

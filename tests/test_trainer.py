@@ -18,12 +18,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from diffalign import checkpoint
+from diffalign import checkpoint, losses
 from diffalign.config import build, dump
 from diffalign.errors import UserError
 from diffalign.health import NonFiniteLossError
+from diffalign.jobs.image import ImageJob
+from diffalign.losses import DPO, Kind
 from diffalign.metrics import read_rows
-from diffalign.objectives.dpo import DPO
 from diffalign.trainer import train
 
 ROOT = Path(__file__).parent.parent
@@ -234,17 +235,20 @@ def test_a_non_finite_loss_stops_with_the_samples_and_keeps_the_last_checkpoint(
     original = DPO.__call__
     calls = []
 
-    def poisoned(self, policy, batch):
-        out = original(self, policy, batch)
-        calls.append(batch.ids)
+    def poisoned(self, scores, layout, stats=None):
+        out = original(self, scores, layout, stats)
+        calls.append(layout)
         if len(calls) == 3:
-            out.loss.data[1] = float("nan")
+            out.per_item.data[1] = float("nan")
         return out
 
+    ids = []
     monkeypatch.setattr(DPO, "__call__", poisoned)
+    original_loss = ImageJob.loss
+    monkeypatch.setattr(ImageJob, "loss", lambda self, batch: ids.append(batch.ids) or original_loss(self, batch))
     with pytest.raises(NonFiniteLossError, match="step 3") as caught:
         run("bad", training__checkpointing_steps=2)
-    assert caught.value.sample_ids == [calls[2][1]]
+    assert caught.value.sample_ids == [ids[2][1]]
     assert "checkpoint-000002" in str(caught.value)
     checkpoint.verify(tmp_path / "bad" / "checkpoint-000002")
 
@@ -253,7 +257,7 @@ def test_a_used_folder_and_another_config_are_refused(run):
     run("used", training__max_train_steps=1)
     with pytest.raises(UserError, match="resume_from_checkpoint=latest"):
         run("used", training__max_train_steps=1)
-    with pytest.raises(UserError, match=r"objective.beta_dpo was 200.0, is 100.0"):
+    with pytest.raises(UserError, match=r"objective.beta was 200.0, is 100.0"):
         run("used", training__resume_from_checkpoint="latest", objective={"name": "dpo", "beta_dpo": 100.0})
 
 
@@ -367,6 +371,57 @@ def test_sft_trains_without_a_reference(run):
     rows = rows_of(result.run_dir)
     assert rows[0]["loss"] == rows[0]["error/chosen"]
     assert "implicit_acc" not in rows[0]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "ipo", "beta": 200, "ipo_scale": "unit"},
+        {"name": "robust_dpo", "beta": 200},
+        {"name": "hinge", "beta": 200},
+        {"name": "exo", "beta": 200},
+        {"name": "nca", "beta": 200},
+        {"name": "aot", "beta": 200},
+        {"name": "kto", "beta": 200, "reference_point": "batch"},
+        {"name": "npo", "beta": 200},
+        {"name": "mapo"},
+        {"name": "dpop", "beta": 200},
+    ],
+    ids=lambda objective: objective["name"],
+)
+def test_objectives_of_the_core_train_on_denoising_scores(run, objective):
+    """What the core says to mean something on denoising errors runs through the same trainer, and moves the adapter."""
+    result = run(objective=objective, training__max_train_steps=2)
+    rows = rows_of(result.run_dir)
+    initial = build_objective(objective).initial_loss(Kind.BOUND)
+    if initial is not None:
+        assert rows[0]["loss"] == pytest.approx(initial, abs=1e-5)
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def build_objective(section):
+    rest = {k: v for k, v in section.items() if k != "name"}
+    return losses.find(section["name"])(**rest)
+
+
+@pytest.mark.parametrize(
+    ("objective", "why"),
+    [
+        ({"name": "orpo"}, r"'orpo' on bound scores: .*normalised probability.*mapo"),
+        ({"name": "simpo"}, r"'simpo' on bound scores: .*mapo"),
+        ({"name": "ipo", "beta": 2000}, r"'ipo' on bound scores: .*ipo_scale: unit"),
+        ({"name": "ipo", "ipo_scale": "unit"}, r"beta has no default.*2000 to 5000"),
+        ({"name": "grpo"}, r"'grpo' on bound scores: .*likelihood ratio"),
+        ({"name": "tdpo1"}, r"'tdpo1' on bound scores: .*vocabulary"),
+        ({"name": "discopop", "beta": 2000, "tau": 0.05}, r"'discopop' on bound scores"),
+        ({"name": "plackett_luce", "beta": 2000}, r"needs lists; image data sets have pairs"),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_objectives_that_mean_nothing_on_denoising_scores_are_refused_at_start(run, tmp_path, objective, why):
+    with pytest.raises(UserError, match=why):
+        run(objective=objective)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffalign.adapters import adapter_names, adapters_off
 from diffalign.config import SamplingConfig
-from diffalign.families import DECODER, ENCODERS, Conditioning, Family
+from diffalign.families import DECODER, ENCODERS, Conditioning, DenoisingFamily
 from diffalign.schedules import generator_for
 
 
@@ -29,7 +29,7 @@ class Sampler:
 
     def __init__(
         self,
-        family: Family,
+        family: DenoisingFamily,
         prompts: Sequence[str],
         sampling: SamplingConfig,
         resolution: int,

@@ -1,0 +1,84 @@
+"""References on LoRA weights: the base, a copy of the policy that follows it, and mixtures of both.
+
+A reference is the same network with other adapter weights, never a second network. `parts` lists what is mixed: the score
+of the reference is the weighted sum of the parts' scores, with weights that sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.adapters import adapters_off
+from diffalign.config import ReferenceConfig
+
+Snapshot = list[Tensor]
+
+
+class Reference:
+    """The reference of a run.
+
+    Args:
+        config: the scheme.
+        network: the bare network with its adapters.
+        params: the adapter's parameters.
+    """
+
+    def __init__(self, config: ReferenceConfig, network: nn.Module, params: Sequence[nn.Parameter]) -> None:
+        self.config, self.network, self.params = config, network, list(params)
+        moving = config.scheme != "frozen"
+        self.copy: Snapshot | None = self._snapshot() if moving else None
+        self.before: Snapshot | None = self._snapshot() if config.scheme == "momentum" else None
+
+    def _snapshot(self) -> Snapshot:
+        return [p.detach().clone() for p in self.params]
+
+    def parts(self) -> list[tuple[float, Snapshot | None]]:
+        """(weight, adapter weights; None for adapters off) of everything that is mixed."""
+        if self.config.scheme == "mixture":
+            share = self.config.base_share
+            return [(share, None), (1 - share, self.copy)]
+        if self.config.scheme == "momentum":
+            # log pi <- log pi_1 + a (log pi_1 - log pi_0): linear in log-probabilities, not in LoRA factors.
+            return [(1 + self.config.momentum, self.copy), (-self.config.momentum, self.before)]
+        return [(1.0, self.copy)]
+
+    @contextmanager
+    def active(self, weights: Snapshot | None) -> Iterator[None]:
+        """Inside, the network computes with these adapter weights; for no-grad forwards that come before the policy's."""
+        if weights is None:
+            with adapters_off(self.network):
+                yield
+            return
+        saved = [p.data for p in self.params]
+        try:
+            for param, value in zip(self.params, weights, strict=True):
+                param.data = value
+            yield
+        finally:
+            for param, value in zip(self.params, saved, strict=True):
+                param.data = value
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Follow the policy, where the scheme says so at this step."""
+        if self.copy is None or step % self.config.every:
+            return
+        if self.before is not None:
+            self.before = [value.clone() for value in self.copy]
+        for value, param in zip(self.copy, self.params, strict=True):
+            value.lerp_(param, self.config.rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores: nothing for a frozen reference."""
+        state = {"copy": self.copy, "before": self.before}
+        return {name: value for name, value in state.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, values in state.items():
+            setattr(self, name, [value.to(p.device) for value, p in zip(values, self.params, strict=True)])
