@@ -1,61 +1,50 @@
-"""An objective of your own, in one file outside of the package: Diffusion-DPO with an anchor on the winner's error.
+"""An objective of your own, in one file outside of the package: DPO with an anchor on the winner.
 
     diffalign train demo_dpo objective.name=examples/custom_objective.py objective.anchor=1.0
 
-Diffusion-DPO only sees differences, so the errors of winner and loser often rise together. The anchor charges the
-winner's error wherever it is above the reference's:
+DPO only sees differences, so the scores of winner and loser often fall together. The anchor charges the winner wherever its
+score is below the reference's:
 
-    loss = -log sigma(z) + anchor * (beta / 2) * max(0, e_policy(w) - e_ref(w))
+    loss = -log sigma(z) + anchor * beta * max(0, ref_w - theta_w)
 
-It is an example and no published method. The fields of the class are the keys of the `objective` section.
+It is an example and no published method. The fields of the class are the keys of the `objective` section. Because it is a
+function of scores, the same file works on images and on texts.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffalign import losses
-from diffalign.data.batch import PairBatch
-from diffalign.objectives import LossOutput, Objective, pair_metrics
-from diffalign.policy import Policy
+from torch import Tensor
+
+from diffalign.losses import DPO, Layout, LossOut, Scores
+from diffalign.losses.base import AnyLayout
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnchoredDPO(Objective):
-    """Diffusion-DPO that charges for a winner that gets worse than under the reference.
+class AnchoredDPO(DPO):
+    """DPO that charges for a winner that gets worse than under the reference.
 
     Attributes:
-        beta_dpo: as in Diffusion-DPO, for mean squared errors.
-        anchor: weight of the charge, in units of the implicit reward that the winner has lost; 0 is Diffusion-DPO.
+        anchor: weight of the charge, in units of the implicit reward that the winner has lost; 0 is DPO.
     """
 
-    beta_dpo: float = 5000.0
     anchor: float = 1.0
 
-    title: ClassVar[str] = "Anchored Diffusion-DPO"
-    layout: ClassVar = "pairs"
-    uses_reference: ClassVar[bool] = True
+    name: ClassVar[str] = "anchored_dpo"
+    title: ClassVar[str] = "Anchored DPO"
+    composition: ClassVar[str] = "DPO + anchor * beta * max(0, -rho_w)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.anchor < 0:
             raise ValueError(f"anchor is {self.anchor}; expected a number >= 0")
 
-    def initial_loss(self) -> float:
-        return math.log(2)  # at policy == reference the anchor is 0
-
-    def summary(self, latent_elements: int | None = None) -> dict[str, float | str]:
-        return {"beta_dpo": self.beta_dpo, "anchor": self.anchor, "error_reduction": "mean", "error_factor": 0.5}
-
-    def __call__(self, policy: Policy, batch: PairBatch) -> LossOutput:
-        # One forward for both images, winners first, with the same timestep and the same noise.
-        error, reference = policy.errors(*batch.stacked())
-        assert reference is not None, "policy.errors computes the reference unless told otherwise"
-        error_w, error_l = error.chunk(2)
-        ref_w, ref_l = reference.chunk(2)
-        out = losses.dpo(-0.5 * error_w, -0.5 * error_l, -0.5 * ref_w, -0.5 * ref_l, beta=self.beta_dpo, p=batch.p)
-        charge = self.anchor * self.beta_dpo / 2 * (error_w - ref_w).relu()
-        metrics = pair_metrics(out, error, reference) | {"anchor": charge.detach()}
-        return LossOutput(out.loss + charge, metrics)
+    def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
+        out = super().__call__(scores, layout, stats)
+        pairs = Layout.of(layout).need_pairs()
+        lost = (-scores.log_ratio()[pairs.w]).relu()
+        charge = self.anchor * self.beta_for(scores.kind) * lost
+        return LossOut(out.per_item + charge, out.metrics | {"anchor": charge.detach()})

@@ -36,11 +36,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffalign import adapters
-from diffalign.config import LoraConfig, ModelConfig, build
+from diffalign.config import DenoisingConfig, LoraConfig, ModelConfig, build
 from diffalign.data.batch import collate
 from diffalign.data.loader import BatchPlan, PairMicroBatches
-from diffalign.families import DECODER, ENCODERS, NETWORK, Family, load_family
-from diffalign.objectives.dpo import DPO
+from diffalign.families import DECODER, ENCODERS, NETWORK, DenoisingFamily, load_family
+from diffalign.losses import DPO
 from diffalign.policy import Policy
 from diffalign.prediction import add_noise, target
 from diffalign.world.bases import build_untrained
@@ -49,7 +49,7 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090": 165, "L40S": 362} 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(args: argparse.Namespace) -> Family:
+def load(args: argparse.Namespace) -> DenoisingFamily:
     if args.width > 1:
         with tempfile.TemporaryDirectory() as folder:
             build_untrained((40 * args.width, 80 * args.width)).save_pretrained(folder)
@@ -65,7 +65,7 @@ def load(args: argparse.Namespace) -> Family:
 class Pairs:
     """Random pictures and prompts as the plain way wants them (pixels, texts) and as ours does (latents, embeddings)."""
 
-    def __init__(self, family: Family, n: int, resolution: int) -> None:
+    def __init__(self, family: DenoisingFamily, n: int, resolution: int) -> None:
         g = torch.Generator().manual_seed(0)
         self.pixels = torch.rand(n, 2, 3, resolution, resolution, generator=g) * 2 - 1
         self.prompts = [f"a picture of thing number {i}" for i in range(n)]
@@ -100,22 +100,22 @@ class Pairs:
         )
 
 
-def ours(args: argparse.Namespace, family: Family, pairs: Pairs) -> Callable[[int], float]:
+def ours(args: argparse.Namespace, family: DenoisingFamily, pairs: Pairs) -> Callable[[int], float]:
     """Our step: cache read, one concatenated forward, adapters-off reference."""
     network = family.network
     params = adapters.attach(network, LoraConfig(rank=args.rank, targets=args.targets), seed=0)
     if args.checkpointing:
         network.enable_gradient_checkpointing()
-    objective = DPO(beta_dpo=args.beta)
+    objective = DPO(beta=args.beta)
     plan = BatchPlan(range(len(pairs)), pairs.target_sizes, args.batch, seed=0)
-    dataset = PairMicroBatches(pairs, plan, objective, family, seed=0)
+    dataset = PairMicroBatches(pairs, plan, DenoisingConfig(), family, seed=0)
     autocast = (lambda: torch.autocast(args.device, DTYPES[args.dtype])) if args.dtype != "float32" else None
     policy = Policy(family, network, network, autocast) if autocast else Policy(family, network)
     optimizer = torch.optim.AdamW(params, lr=args.lr)
 
     def step(k: int) -> float:
         batch = dataset[k].to(family.device)
-        loss = objective(policy, batch).loss.mean()
+        loss = objective(*policy.scores(batch, objective)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -125,16 +125,15 @@ def ours(args: argparse.Namespace, family: Family, pairs: Pairs) -> Callable[[in
     return step
 
 
-def plain(args: argparse.Namespace, family: Family, pairs: Pairs) -> Callable[[int], float]:
+def plain(args: argparse.Namespace, family: DenoisingFamily, pairs: Pairs) -> Callable[[int], float]:
     """The plain way: encoders at every step, a frozen copy, four forwards."""
     reference = copy.deepcopy(family.network).requires_grad_(False).eval()
     network = family.network
     params = adapters.attach(network, LoraConfig(rank=args.rank, targets=args.targets), seed=0)
     if args.checkpointing:
         network.enable_gradient_checkpointing()
-    objective = DPO(beta_dpo=args.beta)
     plan = BatchPlan(range(len(pairs)), pairs.target_sizes, args.batch, seed=0)
-    dataset = PairMicroBatches(pairs, plan, objective, family, seed=0)
+    dataset = PairMicroBatches(pairs, plan, DenoisingConfig(), family, seed=0)
     optimizer = torch.optim.AdamW(params, lr=args.lr)
     schedule, dtype = family.schedule, DTYPES[args.dtype]
     costly = None

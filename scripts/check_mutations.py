@@ -32,7 +32,7 @@ class Mutation:
     tests: str
 
 
-OBJECTIVES = "tests/objectives tests/losses"
+OBJECTIVES = "tests/test_denoising_scores.py tests/losses/test_links.py"
 MUTATIONS = (
     Mutation(
         "sign flipped in the loss",
@@ -43,16 +43,16 @@ MUTATIONS = (
     ),
     Mutation(
         "sign flipped in the score",
-        "diffalign/objectives/dpo.py",
-        "-0.5 * error_w, -0.5 * error_l",
-        "0.5 * error_w, 0.5 * error_l",
+        "diffalign/losses/scores.py",
+        "theta=-0.5 * error",
+        "theta=0.5 * error",
         OBJECTIVES,
     ),
     Mutation(
         "one half dropped",
-        "diffalign/objectives/dpo.py",
-        "-0.5 * error_w, -0.5 * error_l, -0.5 * ref_w, -0.5 * ref_l",
-        "-error_w, -error_l, -ref_w, -ref_l",
+        "diffalign/losses/scores.py",
+        "theta=-0.5 * error",
+        "theta=-error",
         OBJECTIVES,
     ),
     Mutation(
@@ -112,11 +112,11 @@ MUTATIONS = (
         "tests/test_policy.py",
     ),
     Mutation(
-        "reference not detached",
-        "diffalign/losses/pair.py",
-        "policy - reference.detach().float()",
-        "policy - reference.float()",
-        OBJECTIVES,
+        "reference with gradient",
+        "diffalign/policy.py",
+        "    @torch.no_grad()\n    def predict_reference",
+        "    def predict_reference",
+        "tests/test_policy.py",
     ),
     Mutation(
         "errors in half precision",
@@ -127,9 +127,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a tie counted as a win",
-        "diffalign/objectives/dpo.py",
-        "p=batch.p, **self._link()",
-        "p=torch.ones_like(batch.p), **self._link()",
+        "diffalign/data/batch.py",
+        "Pairs.halves(count, device, p=self.p,",
+        "Pairs.halves(count, device, p=1.0,",
         OBJECTIVES,
     ),
     Mutation(
@@ -156,8 +156,8 @@ MUTATIONS = (
     Mutation(
         "accumulated gradients not averaged",
         "diffalign/trainer.py",
-        ".mean() / accumulation)",
-        ".mean())",
+        "out.loss / accumulation)",
+        "out.loss)",
         "tests/test_trainer.py -k accumulation",
     ),
     Mutation(
@@ -169,9 +169,9 @@ MUTATIONS = (
     ),
     Mutation(
         "resume starts the data again",
-        "diffalign/trainer.py",
-        "first = step * effective // training.train_batch_size",
-        "first = 0",
+        "diffalign/jobs/image.py",
+        "first = first_step * self.effective_batch // training.train_batch_size + ",
+        "first = 0 + ",
         "tests/test_trainer.py -k kill_nine",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Write docs/reference/config.md and docs/reference/components.md from the docstrings.
+"""Write docs/reference/{config,objectives,components}.md from the docstrings.
 
     python scripts/generate_reference.py            (or: make reference)
     python scripts/generate_reference.py --check    (exit code 1 if a committed page is out of date)
@@ -18,7 +18,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from diffalign import config, plugins, rewards
+from diffalign import config, losses, plugins, rewards
+from diffalign.losses import IncompatibleObjective, Kind, Objective
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 NOTE = "<!-- Written by scripts/generate_reference.py from the docstrings: change those, then run `make reference`. -->"
@@ -26,12 +27,19 @@ SECTIONS: dict[str, type] = {
     "model": config.ModelConfig,
     "data": config.DataConfig,
     "data.world_pairs": config.WorldPairsConfig,
+    "data.world_text": config.WorldTextConfig,
+    "text": config.TextConfig,
     "cache": config.CacheConfig,
+    "denoising": config.DenoisingConfig,
+    "reference": config.ReferenceConfig,
     "lora": config.LoraConfig,
     "training": config.TrainingConfig,
+    "rollout": config.RolloutConfig,
     "sampling": config.SamplingConfig,
+    "generation": config.GenerationConfig,
     "evaluation": config.EvaluationConfig,
 }
+KINDS = {Kind.TOKEN: "text", Kind.STEP: "trajectories", Kind.BOUND: "denoising"}
 
 
 def attributes(cls: type) -> dict[str, str]:
@@ -119,13 +127,115 @@ def config_page() -> str:
         "",
         "## objective",
         "",
-        "`objective.name` chooses the method: a file of `diffalign/objectives`, or the path of your own `.py` file. The "
-        "other keys are the fields of its class.",
+        "`objective.name` chooses the method: one of the [objectives](objectives.md), or the path of your own `.py` file. "
+        "The other keys are the fields of its class.",
     ]
-    for name in plugins.names("objectives"):
-        cls = plugins.find("objectives", name)
-        lines += ["", f"### objective.name: {name}", "", summary(cls), "", *table(cls)]
     return "\n".join(lines) + "\n"
+
+
+def paper(cls: type[Objective]) -> str:
+    """A link to the paper; ids from memory keep their question mark."""
+    number = cls.paper.rstrip("?")
+    mark = " (id from memory)" if cls.paper.endswith("?") else ""
+    return f"[{number}](https://arxiv.org/abs/{number}){mark}" if number else ""
+
+
+def made(cls: type[Objective]) -> Objective:
+    """An instance with its default settings; what has no published default is given a number here."""
+    missing = [f.name for f in dataclasses.fields(cls) if default_of(f) == "*required*"]
+    return cls(**dict.fromkeys(missing, 0.1))
+
+
+def kinds_of(cls: type[Objective]) -> str:
+    """The kinds of score that an objective takes with its default settings, and those that other settings allow."""
+    found = []
+    for kind, word in KINDS.items():
+        try:
+            made(cls).check(kind)
+            found.append(word)
+        except IncompatibleObjective as refusal:
+            if "beta has no default" in refusal.why:
+                found.append(f"{word} (set beta)")
+            elif refusal.instead.startswith("set objective."):
+                found.append(f"{word} ({refusal.instead.removeprefix('set objective.').partition(',')[0]})")
+    return ", ".join(found)
+
+
+def needs_of(cls: type[Objective]) -> str:
+    """Layout, reference and further inputs of an objective."""
+    needs = cls.needs
+    parts = [" + ".join(needs.layout), "reference" if made(cls).reads_reference() else ""]
+    parts += [
+        "old policy" if needs.old else "",
+        *needs.stats,
+        *needs.extra,
+        *(f"`{n}`" for n in made(cls).vocabulary()),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def objectives_page() -> str:
+    """The table of all objectives, and what each of them says about itself."""
+    count = len(losses.catalogue())
+    lines = [
+        NOTE,
+        "# Objectives",
+        "",
+        f"{count} named compositions of the [preference core](../explanation/preference-core.md). *Needs* is what the data "
+        "and the policy must supply. *Scores* are the kinds it means something on: text (token log-probabilities), "
+        "trajectories (log-densities of sampled steps), denoising (errors of diffusion and flow models). *Parity* is the "
+        "independent implementation that values and gradients are compared with in the tests; every objective is also "
+        "compared with a transcription of its formula, and mutated. *Experimental*: the published formula was not "
+        "available in full; what is unknown stands below.",
+    ]
+    head = ["name", "title", "paper", "needs", "scores", "parity", "status"]
+    for module, members in losses.FAMILIES.items():
+        found = [losses.find(name) for name in members]
+        lines += [
+            "",
+            f"## {title_of(getattr(losses, module))}",
+            "",
+            f"| {' | '.join(head)} |",
+            "|" + " --- |" * len(head),
+        ]
+        for cls in found:
+            cells = [
+                f"[`{cls.name}`](#{cls.name})",
+                cls.title,
+                paper(cls),
+                needs_of(cls),
+                kinds_of(cls),
+                cls.parity,
+                cls.status,
+            ]
+            lines.append("| " + " | ".join(plain(cell) for cell in cells) + " |")
+    for cls in losses.catalogue().values():
+        lines += objective_section(cls)
+    return "\n".join(lines) + "\n"
+
+
+def title_of(module: Any) -> str:
+    """The first line of a module's docstring, as a heading."""
+    return str((module.__doc__ or "").strip().splitlines()[0]).rstrip(".")
+
+
+def objective_section(cls: type[Objective]) -> list[str]:
+    """Name, composition, text and keys of one objective."""
+    text = (inspect.getdoc(cls) or "").partition("Attributes:")[0].strip()
+    lines = ["", f"### {cls.name}", "", f"*{cls.title}*: {cls.composition}.", "", *prose(text)]
+    if cls.unknown:
+        lines += ["", f"**Experimental.** Unknown: {cls.unknown}."]
+    if cls.instead:
+        lines += ["", f"Where it is refused: {cls.instead}."]
+    return [*lines, "", *(table(cls) if dataclasses.fields(cls) else [])]
+
+
+def prose(text: str) -> list[str]:
+    """Paragraphs of a docstring as Markdown; mathematics keeps its asterisks and underscores."""
+    found: list[str] = []
+    for paragraph in text.split("\n\n"):
+        found += ["", " ".join(re.sub(r"([*_<])", r"\\\1", line.strip()) for line in paragraph.splitlines())]
+    return found[1:]
 
 
 def plain(cell: str) -> str:
@@ -165,12 +275,8 @@ def components_page() -> str:
         "",
         "## Objectives (`objective.name`)",
         "",
-        "| name | title | trains on | reference |",
-        "| --- | --- | --- | --- |",
+        f"{len(losses.catalogue())}, on [a page of their own](objectives.md).",
     ]
-    for name in plugins.names("objectives"):
-        cls: Any = plugins.find("objectives", name)
-        lines.append(f"| `{name}` | {cls.title} | {cls.layout} | {'needed' if cls.uses_reference else 'not used'} |")
     lines += ["", "## Families (`model.family`)", "", "| name | models |", "| --- | --- |"]
     families: dict[str, Any] = {name: plugins.find("families", name) for name in plugins.names("families")}
     lines += [f"| `{name}` | {cls.title} |" for name, cls in families.items()]
@@ -182,7 +288,7 @@ def components_page() -> str:
     return "\n".join(lines + reward_rows()) + "\n"
 
 
-PAGES = {"config.md": config_page, "components.md": components_page}
+PAGES = {"config.md": config_page, "objectives.md": objectives_page, "components.md": components_page}
 
 
 def main() -> int:
