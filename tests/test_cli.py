@@ -471,3 +471,16 @@ def test_a_run_folder_is_a_config_and_stays_one_when_it_is_moved(tmp_path: Path,
     assert cli.read_config(args) == replace(config, output_dir=str(tmp_path / "moved"))
     args = argparse.Namespace(config="demo_dpo", overrides=["seed=7"])
     assert cli.read_config(args).seed == 7
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = "import sys; from diffalign.cli import main; sys.exit(main(['list', 'objectives']))"
+    root = str(Path(cli.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root}
+    listing = subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    assert listing.stdout is not None
+    listing.stdout.close()
+    _, complaint = listing.communicate(timeout=120)
+    assert (listing.returncode, complaint) == (141, b"")
