@@ -19,8 +19,10 @@ LONGEST = 4000  # characters of an answer
 MEMORY = (
     ("forget_recall", "forget: recall"),
     ("forget_probability", "forget: probability"),
+    ("forget_reworded_recall", "forget, reworded: recall"),
     ("retain_recall", "retain: recall"),
     ("retain_probability", "retain: probability"),
+    ("retain_reworded_recall", "retain, reworded: recall"),
 )
 
 

@@ -30,9 +30,9 @@ class ModelConfig:
 
     Attributes:
         family: a file of `diffalign/families` ("sd", "sdxl", "causal_lm").
-        pretrained: hub id, diffusers (or transformers) folder, single-file `.safetensors` checkpoint, or the name of a tiny base
-            ("tiny-sdxl"). With `random_weights` it is the name of a published architecture ("sdxl", "sd15", "sd21",
-            "sd21-base").
+        pretrained: hub id, diffusers (or transformers) folder, single-file `.safetensors` checkpoint, or the name of a tiny
+            base ("tiny-sdxl", "tiny-lm"). With `random_weights` it is the name of a published architecture ("sdxl", "sd15",
+            "sd21", "sd21-base").
         revision: hub revision (branch, tag or commit).
         variant: file variant of the hub repository, such as "fp16".
         vae: another VAE (hub id, folder or single file); SDXL in fp16 needs an fp16-safe one.
@@ -276,7 +276,8 @@ class ReferenceConfig:
         scheme: "frozen": the base model (adapters off). "sync": a copy of the adapter that follows the policy every `every`
             steps by `rate` (1 at every round: the previous iterate; 0.6 every 512 steps: TR-DPO; small at every step: an
             average). "mixture": the geometric mixture of the base, by `base_share`, and the synced copy (INPO, Nash-MD).
-            "momentum": the synced copy, extrapolated from the one before by `momentum` (accelerated preference optimisation).
+            "momentum": the synced copy, extrapolated from the one before by `momentum` (accelerated preference
+            optimisation).
         every: optimiser steps between synchronisations.
         rate: share of the policy that goes into the copy.
         base_share: of "mixture", in [0, 1].
@@ -606,8 +607,43 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str, given: Map
 def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
     for key in values:
         if key not in known:
-            near = did_you_mean(str(key), known)
+            near = _elsewhere(str(key), prefix) or did_you_mean(str(key), known)
             raise ConfigError(f"{prefix}{key}: unknown key{near} Known: {', '.join(sorted(known))}")
+
+
+# Names of earlier versions and of TRL, by what they are here.
+_RENAMED = {
+    "objective.loss_type": "objective.name (dpo, robust_dpo, hinge, ipo, ...)",
+    "objective.ipo_scale": "a setting of objective 'ipo'",
+    "objective.label_noise": "a setting of objective 'robust_dpo'",
+    "lr": "training.learning_rate",
+    "batch_size": "training.train_batch_size",
+    "per_device_train_batch_size": "training.train_batch_size",
+    "max_steps": "training.max_train_steps",
+    "num_train_epochs": "training.max_train_steps, which counts optimiser steps",
+    "max_completion_length": "generation.max_new_tokens",
+    "num_generations": "rollout.samples_per_prompt",
+    "reward_funcs": "rollout.rewards",
+    "dataset": "data.sources",
+    "train_dataset": "data.sources",
+    "model_name_or_path": "model.pretrained",
+}
+
+
+def _elsewhere(key: str, prefix: str) -> str:
+    """Where a setting stands that was looked for in the wrong section or under another name; empty if nowhere."""
+    if found := _RENAMED.get(f"{prefix}{key}") or _RENAMED.get(key):
+        return f"; it is {found}."
+    hints = typing.get_type_hints(RunConfig)
+    places = [key] if key in hints else []
+    for name, hint in hints.items():
+        if (
+            dataclasses.is_dataclass(hint)
+            and f"{name}." != prefix
+            and key in [f.name for f in dataclasses.fields(hint)]
+        ):
+            places.append(f"{name}.{key}")
+    return f"; it is {' or '.join(places)}." if places else ""
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

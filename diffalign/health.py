@@ -50,7 +50,8 @@ def require_finite(step: int, sample_ids: Sequence[str], losses: Tensor, checkpo
 
     Args:
         step: optimiser step.
-        sample_ids: one per loss.
+        sample_ids: of the micro-batch. There may be several losses per sample (those of chosen items before those of
+            rejected ones), or none for some; then all are named.
         losses: per-sample losses, shape (B,); reading them waits for the device once.
         checkpoint: the last checkpoint, for the message.
 
@@ -60,7 +61,10 @@ def require_finite(step: int, sample_ids: Sequence[str], losses: Tensor, checkpo
     values = losses.detach().float().cpu().tolist()
     bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
     if bad:
-        raise NonFiniteLossError(step, [sample_ids[i] for i in bad], [values[i] for i in bad], checkpoint)
+        names = [sample_ids[i % len(sample_ids)] for i in bad]
+        if len(values) % len(sample_ids):
+            names = [" or ".join(sample_ids)] * len(bad)
+        raise NonFiniteLossError(step, names, [values[i] for i in bad], checkpoint)
 
 
 @dataclass(frozen=True)

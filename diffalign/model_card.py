@@ -89,10 +89,12 @@ def caveats(tree: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[s
             f"`{result.get('metric')}` is also the reward that was trained on: winning on it is no other evidence."
         )
     if isinstance(result.get("forget_recall"), Mapping):
-        notes.append(
-            "Forgetting is measured on the very prompts that were trained on: other wordings were not asked, and a little "
-            "fine-tuning may bring the answers back."
+        asked = (
+            "Reworded questions were asked as well"
+            if "forget_reworded_recall" in result
+            else "Forgetting is measured on the very prompts that were trained on: other wordings were not asked"
         )
+        notes.append(f"{asked}; a little fine-tuning may bring the answers back.")
     if data.get("world_pairs"):
         notes.append(
             "The training pairs were judged by the same rule that scores the evaluation, on drawn scenes: this shows "

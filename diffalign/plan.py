@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffalign import rewards
+from diffalign import plugins, rewards
 from diffalign.architecture import Architecture, Download, resolve
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
@@ -327,8 +327,13 @@ def make_plan(
         pairs: number of usable pairs, where you know it; None takes `data.max_pairs` or what is known of the source.
 
     Raises:
-        ConfigError: a model that cannot be found or built, or LoRA targets that name no layer.
+        ConfigError: a language model, a model that cannot be found or built, or LoRA targets that name no layer.
     """
+    if plugins.find("families", config.model.family).modality != "image":  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"plan: family {config.model.family!r} works on texts, and only diffusion models are planned; look at the data "
+            "with diffalign data check, and try the settings with training.max_train_steps=10"
+        )
     costs = _Costs(config)
     training = config.training
     gpu_bytes = int(gpu_gb * GIB) if gpu_gb is not None else _this_gpu()

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from diffalign import plugins
 from diffalign.config import GenerationConfig, RolloutConfig, RunConfig
 from diffalign.errors import ConfigError, DataError, did_you_mean
@@ -50,6 +52,8 @@ def check(config: RunConfig) -> None:
         _check_images(config, family)  # type: ignore[arg-type]
     else:
         check_text(config)
+        _check_supply(config)
+        _check_evaluation(config)
     require_writable(Path(config.output_dir), needed_bytes=64 << 20)
 
 
@@ -76,6 +80,43 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
             f"objective {objective.name!r} needs {', '.join(sorted(wanted))}; image data sets have pairs. "
             "See `diffalign list objectives`"
         )
+    if family.modality == "image":
+        _rehearse(objective)
+
+
+def _rehearse(objective: Objective) -> None:
+    """Compute the objective on two made-up image pairs, as training will: whatever they do not supply is said now.
+
+    Raises:
+        ConfigError: what the objective reads and image pairs do not have.
+    """
+    from diffalign.data.batch import PairBatch
+    from diffalign.losses import Scores
+
+    nothing = torch.zeros(2, 1, 1, 1)
+    batch = PairBatch(
+        ids=("a", "b"),
+        chosen=nothing,
+        rejected=nothing,
+        text={},
+        chosen_image={},
+        rejected_image={},
+        p=torch.ones(2),
+        weight=torch.ones(2),
+        t=torch.zeros(2, dtype=torch.int64),
+        noise=nothing,
+    )
+    (latents, *_), layout = batch.rows(objective.needs)
+    error = torch.linspace(0.1, 0.2, len(latents))
+    scores = Scores.denoising(error, error if objective.reads_reference() else None)
+    try:
+        estimator = objective.estimator()
+        objective(scores, layout, None if estimator is None else estimator.update(scores, layout))
+    except ValueError as error_:  # how the losses say that something they read is not there
+        raise ConfigError(
+            f"objective {objective.name!r} cannot be computed on image pairs: {error_}; it can be used as a library "
+            "(docs/explanation/preference-core.md)"
+        ) from error_
 
 
 # Keys that only one modality reads: set for the other, they would silently do nothing.
@@ -91,7 +132,6 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "data.buckets",
         "data.crop",
         "data.flip",
-        "data.weight_by_prompt",
         "data.world_pairs",
         "training.channels_last",
     ),
@@ -181,6 +221,55 @@ def check_text(config: RunConfig) -> None:
 
     for name in (*config.evaluation.rewards, *rollout.rewards):
         rewards.check_text(name)
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Refuse an evaluation that was asked for and would not take place."""
+    if config.evaluation.at_end and config.evaluation.rewards and not config.evaluation.prompts:
+        raise ConfigError(
+            "evaluation.prompts: missing, and evaluation.rewards are set; name a file, a list, or 'held_out' with "
+            "evaluation.held_out_fraction"
+        )
+    if config.evaluation.at_end and config.evaluation.prompts == "held_out" and not config.evaluation.held_out_fraction:
+        raise ConfigError(
+            "evaluation.prompts: 'held_out', and evaluation.held_out_fraction is 0, so no prompt is held out; set it to a "
+            "share such as 0.1"
+        )
+
+
+def _check_supply(config: RunConfig) -> None:
+    """Refuse objectives that read what neither text data nor sampled answers have."""
+    objective: Objective = config.objective
+    needs, name = objective.needs, objective.name
+    if missing := sorted(set(needs.layout) - {"pairs", "items", "groups", "lists"}):
+        raise ConfigError(
+            f"objective {name!r} needs {' and '.join(missing)}, which text data do not have here; it can be used as a "
+            "library (docs/explanation/preference-core.md)"
+        )
+    from diffalign.losses.unlearning import Retaining
+
+    if {"pairs", "items"} <= set(needs.layout) and not isinstance(objective, Retaining):
+        raise ConfigError(
+            f"objective {name!r} reads one further item beside every pair, which text data do not have here; it can be used "
+            "as a library (docs/explanation/preference-core.md)"
+        )
+    if not online(config):
+        if needs.old:
+            raise ConfigError(
+                f"objective {name!r} needs the log-probabilities under the model that wrote the responses, which data do "
+                "not have; train it online: set rollout.rewards"
+            )
+        return
+    if needs.extra:
+        raise ConfigError(
+            f"objective {name!r} reads {', '.join(map(repr, needs.extra))} of every answer, which sampled answers do not "
+            "have here; it can be used as a library (docs/explanation/preference-core.md)"
+        )
+    if {"pairs", "items"} <= set(needs.layout):
+        raise ConfigError(
+            f"objective {name!r} reads pairs and items together, and sampled answers become one of them; remove "
+            "rollout.rewards and train on data"
+        )
 
 
 def _check_rollout(config: RunConfig, rollout: RolloutConfig, generation: GenerationConfig) -> None:

@@ -35,6 +35,7 @@ from diffalign.jobs import open_job
 from diffalign.metrics import MetricsFile, StepMetrics
 from diffalign.progress import Progress
 from diffalign.references import Reference
+from diffalign.schedules import sample_seed
 from diffalign.stopping import StopRequest
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def train(config: RunConfig) -> TrainResult:
         accumulation,
         world,
         training.learning_rate,
-        training.max_train_steps * effective / job.count,
+        job.passes(),
     )
     if summary:
         log.info("%s", ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()))
@@ -180,14 +181,21 @@ def train(config: RunConfig) -> TrainResult:
     with StopRequest() as stop, Progress("training", training.max_train_steps, "step", step, rows is not None) as bar:
         while step < training.max_train_steps and not stop_requested(stop, accelerator):
             tick = time.perf_counter()
+            counted = 0
             for part in range(accumulation):
                 batch = next(batches)
+                if config.lora.dropout:  # the only random numbers that are not drawn for a sample
+                    visit = step * accumulation + part
+                    torch.manual_seed(sample_seed(config.seed, f"dropout {accelerator.process_index}", visit))
                 # Gradients travel between processes once per optimiser step.
                 with accelerator.no_sync(network) if part < accumulation - 1 else nullcontext():
                     out = job.loss(batch)
                     require_finite(step + 1, batch.ids, out.per_item, last_checkpoint)
-                    accelerator.backward(out.loss / accumulation)
+                    share = len(out.per_item) / job.micro_batch
+                    accelerator.backward(out.loss * share / accumulation)
+                counted += len(out.per_item)
                 job.record(metrics, batch, out)
+            average_over(accelerator, params, counted, effective)
             grad_norm = clip(accelerator, params, training.max_grad_norm)
             learning_rate = float(scheduler.get_last_lr()[0])
             optimizer.step()
@@ -293,6 +301,26 @@ def make_optimizer(params: list[nn.Parameter], training: TrainingConfig) -> torc
 
     # The settings of the published SDXL runs: external learning rate, no parameter scaling.
     return Adafactor(params, scale_parameter=False, relative_step=False, warmup_init=False, **common)
+
+
+def average_over(accelerator: Accelerator, params: list[nn.Parameter], counted: int, expected: int) -> None:
+    """Make gradients those of the mean over all items of the step, where they were taken for `expected` of them.
+
+    An objective may leave samples out, a different number in every micro-batch and process.
+
+    Args:
+        accelerator: sums over processes.
+        params: of the adapter.
+        counted: items of this process.
+        expected: samples of a step, over all processes.
+    """
+    total = float(counted)
+    if accelerator.num_processes > 1:
+        total = float(accelerator.reduce(torch.tensor([total], device=accelerator.device), reduction="sum").item())
+    if total not in (0.0, float(expected)):
+        for param in params:
+            if param.grad is not None:
+                param.grad.mul_(expected / total)
 
 
 def clip(accelerator: Accelerator, params: list[nn.Parameter], max_norm: float) -> float:

@@ -64,12 +64,11 @@ def reward_row(name: str, runs: list[dict[str, Any]]) -> str:
 def memory_row(name: str, runs: list[dict[str, Any]]) -> str:
     """Recall of the forget and of the retain set before and after."""
     cells = []
-    for side in ("forget", "retain"):
-        for what in ("recall", "probability"):
-            entries = [r[f"{side}_{what}"] for r in runs]
-            base, aligned = (sum(e[key] for e in entries) / len(entries) for key in ("base", "aligned"))
-            changes = ", ".join(span(*e["change_ci95"]) for e in entries)
-            cells.append(f"{base:.2f} -> {aligned:.2f} {changes}")
+    for what in ("forget_recall", "forget_reworded_recall", "retain_recall", "retain_reworded_recall"):
+        entries = [r[what] for r in runs]
+        base, aligned = (sum(e[key] for e in entries) / len(entries) for key in ("base", "aligned"))
+        changes = ", ".join(span(*e["change_ci95"]) for e in entries)
+        cells.append(f"{base:.2f} -> {aligned:.2f} {changes}")
     task = " / ".join(f"{r['gain']:+.3f}" for r in runs if "gain" in r) or "-"
     return f"| `demo_llm_{name}` | " + " | ".join(cells) + f" | {task} | {max(r['seconds'] for r in runs):.0f} s |"
 
@@ -87,7 +86,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     if memories := {k: v for k, v in results.items() if k in MEMORY}:
         lines += [
             "",
-            "| demo | forget recall, change per seed | forget probability | retain recall | retain probability | "
+            "| demo | forget: recall, change per seed | forget, reworded | retain: recall | retain, reworded | "
             "change of puzzle accuracy | longest run |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *(memory_row(name, runs) for name, runs in memories.items()),

@@ -56,6 +56,7 @@ class Case:
         kinds: kinds of score it runs on.
         extreme: why scores of +-1e4 are outside of the domain, where they are; "" runs the check.
         tags: "batch order" for methods that pair rows by their place in the batch.
+        optional: parts of the layout, or statistics, that these settings read and others do not, so that `needs` has not.
     """
 
     objective: type[Objective]
@@ -69,6 +70,7 @@ class Case:
     name: str = ""
     extreme: str = ""
     tags: Sequence[str] = field(default_factory=tuple)
+    optional: Sequence[str] = field(default_factory=tuple)
 
     @property
     def label(self) -> str:
@@ -290,3 +292,93 @@ def survives(case: Case, old: str, new: str) -> bool:
     except Exception:  # a mutant may fail in any way
         return False
     return True
+
+
+# -- broken objectives, batches with less in them, halves of batches ---------------------------------------------------
+
+
+def fails(identity: Callable[[type[Objective]], None], cls: type[Objective]) -> bool:
+    """True if an identity notices an objective whose values are random, negated, scaled or without gradient."""
+    for spoil in (
+        lambda x, scores: x * (1 + torch.rand_like(x)) + torch.rand_like(x) + torch.rand(()) * scores.theta.sum(),
+        lambda x, scores: -x,
+        lambda x, scores: 1.37 * x,
+        lambda x, scores: x.detach() + 0 * x,
+    ):
+        try:
+            identity(_broken(cls, spoil))
+        except Exception:  # in any way
+            return True
+    return False
+
+
+def _broken(cls: type[Objective], spoil: Callable[[Tensor, Scores], Tensor]) -> type[Objective]:
+    def call(self: Objective, scores: Scores, *args: object) -> losses.LossOut:
+        out = cls.__call__(self, scores, *args)  # type: ignore[arg-type]
+        return losses.LossOut(spoil(out.per_item, scores), out.metrics)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+
+def only_declared(objective: Objective, batch: Batch, optional: Sequence[str] = ()) -> Batch:
+    """A batch without what an objective does not say that it reads."""
+    scores, layout, stats = batch
+    needs = objective.needs
+    parts = (set(needs.layout) | set(needs.or_layout) | set(optional)) & layout.parts
+    keep: dict[str, object] = {
+        "ref": scores.ref if objective.reads_reference() else None,
+        "old": scores.old if needs.old else None,
+        "extra": {name: x for name, x in scores.extra.items() if name in needs.extra},
+        "vocabulary": {name: x for name, x in scores.vocabulary.items() if name in objective.vocabulary()},
+    }
+    if not objective.reads_prompt():
+        keep |= {"prompt_imitation": None, "prompt_length": None}
+    if scores.units is not None:
+        ref = scores.units.ref if objective.reads_reference() else None
+        keep["units"] = replace(scores.units, ref=ref, old=scores.units.old if needs.old else None)
+    known = {name: x for name, x in stats.items() if name in (*needs.stats, *optional)}
+    return replace(scores, **keep), Layout(**{name: getattr(layout, name) for name in parts}), known
+
+
+def totals_of(scores: Scores, layout: Layout, items: int) -> losses.Totals:
+    """Counts of a batch, of whose values per item the trainer averages `items`."""
+
+    def units(rows: Tensor) -> float:
+        if scores.units is not None:
+            return float(scores.units.mask[rows].sum())
+        return 0.0 if scores.length is None else float(scores.length[rows].sum())
+
+    rows, more = [], {}
+    if (pairs := layout.pairs) is not None:
+        rows += [pairs.w, pairs.l]
+        more["chosen_units"] = units(pairs.w)
+        if scores.prompt_length is not None:
+            more["chosen_prompt_units"] = float(scores.prompt_length[pairs.w].sum())
+    if (single := layout.items) is not None:
+        rows += [single.index]
+        positive = single.index if single.label is None else single.index[single.label > 0.5]
+        more |= {"item_units": units(single.index), "positive_items": len(positive), "positive_units": units(positive)}
+    rows += [] if layout.groups is None else [layout.groups.index]
+    rows += [] if layout.lists is None else [layout.lists.index[layout.lists.mask]]
+    return losses.Totals(items=items, units=sum(map(units, rows)), **more)
+
+
+def halves(layout: Layout, stats: Mapping[str, Tensor]) -> list[tuple[Layout, Mapping[str, Tensor]]]:
+    """Every other pair, item, list or whole group of a batch, and the rest, with their own statistics."""
+    return [_half(layout, stats, parity) for parity in (0, 1)]
+
+
+def _half(layout: Layout, stats: Mapping[str, Tensor], parity: int) -> tuple[Layout, Mapping[str, Tensor]]:
+    parts, sizes = {}, {}
+    for name in layout.parts:
+        part = getattr(layout, name)
+        number = (
+            part.group.unique(return_inverse=True)[1] if name in ("groups", "on_policy") else torch.arange(len(part))
+        )
+        keep = (number % 2) == parity
+        cut = {f.name: getattr(part, f.name) for f in fields(part)}
+        parts[name] = replace(
+            part, **{f: x[keep] for f, x in cut.items() if isinstance(x, Tensor) and len(x) == len(keep)}
+        )
+        sizes[len(part)] = keep
+    return Layout(**parts), {name: x[sizes[len(x)]] if x.ndim and len(x) in sizes else x for name, x in stats.items()}

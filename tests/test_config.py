@@ -62,6 +62,16 @@ def test_unknown_keys_are_refused_with_the_nearest_name_at_every_level() -> None
     refused(r"^training\.learning_rte: unknown key; did you mean 'learning_rate'\?", training={"learning_rte": 1})
     refused(r"^objective\.betta: unknown key; did you mean 'beta'\?", objective={"name": "dpo", "betta": 1})
     refused(r"^data\.world_pairs\.promts: unknown key; did you mean 'prompts'\?", data={"world_pairs": {"promts": 3}})
+    refused(
+        r"^objective\.timestep_min: unknown key; it is denoising\.timestep_min\.",
+        objective={"name": "dpo", "timestep_min": 1},
+    )
+    refused(
+        r"^objective\.loss_type: .*; it is objective\.name \(dpo, robust_dpo",
+        objective={"name": "dpo", "loss_type": "ipo"},
+    )
+    refused(r"^training\.lr: unknown key; it is training\.learning_rate\.", training={"lr": 1})
+    refused(r"^training\.seed: unknown key; it is seed or evaluation\.seed\.", training={"seed": 1})
     refused(r"^cache\.zzz: unknown key\. Known: batch_size", cache={"zzz": 1})
 
 

@@ -281,6 +281,14 @@ def test_non_finite_loss_names_samples_and_checkpoint() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_non_finite_losses_of_items_name_their_sample() -> None:
+    both_sides = torch.tensor([0.1, 0.2, 0.3, math.nan])
+    with pytest.raises(NonFiniteLossError, match=r"in sample b \(nan\)"):
+        require_finite(1, ["a", "b"], both_sides)
+    with pytest.raises(NonFiniteLossError, match=r"in sample a or b or c \(nan\)"):
+        require_finite(1, ["a", "b", "c"], torch.tensor([0.1, math.nan]))
+
+
 def test_bins_are_equal_and_hold_their_edges() -> None:
     bins = BinAccumulator(["x"], num_timesteps=1000)
     bins.add(torch.tensor([0, 249, 250, 999]), {"x": torch.tensor([1.0, 3.0, 5.0, 7.0])})

@@ -35,6 +35,11 @@ def sd15(**changes: Any) -> RunConfig:
     return build(tree)
 
 
+def test_language_models_are_not_planned() -> None:
+    with pytest.raises(ConfigError, match="'causal_lm' works on texts, and only diffusion models are planned"):
+        make_plan(load_config("demo_llm_dpo"))
+
+
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,12 @@
 """What is refused before any weights load."""
 
+from typing import Any
+
 import pytest
 
-from diffalign import preflight
+from diffalign import losses, preflight
 from diffalign.config import build
-from diffalign.errors import UserError
+from diffalign.errors import ConfigError, UserError
 
 
 def tree(tmp_path, **sections):
@@ -50,3 +52,26 @@ def test_a_sound_config_passes(tmp_path):
 def test_what_cannot_run_is_refused_with_the_key_and_what_to_do(tmp_path, sections, said):
     with pytest.raises(UserError, match=said):
         preflight.check(tree(tmp_path, **sections))
+
+
+@pytest.mark.parametrize(
+    ("objective", "why"),
+    [
+        ({"name": "sppo", "beta": 200, "scale": "unit"}, "win rates|target"),
+        ({"name": "modpo", "beta": 200}, "reward"),
+        ({"name": "kto", "beta": 200}, "mismatched|z0"),
+        ({"name": "rwr"}, "target|weight|reward"),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_what_image_pairs_do_not_supply_is_said_before_anything_loads(objective: dict[str, Any], why: str) -> None:
+    rest = {key: value for key, value in objective.items() if key != "name"}
+    with pytest.raises(
+        ConfigError, match=rf"objective '{objective['name']}' cannot be computed on image pairs: .*({why})"
+    ):
+        preflight._rehearse(losses.find(objective["name"])(**rest))
+
+
+def test_what_image_pairs_supply_passes_the_rehearsal() -> None:
+    for made in (losses.DPO(), losses.KTO(beta=200, reference_point="batch"), losses.SFT(), losses.NPO(beta=200)):
+        preflight._rehearse(made)

@@ -39,6 +39,26 @@ def constant(prompts, completions, **columns):
     return [1.0 for _ in completions]
 """
 
+LONG_ONLY = """
+from dataclasses import dataclass
+
+from diffalign.losses import DPO, LossOut
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongOnly(DPO):
+    name = "long_only"
+    title = "DPO on pairs with a long winner"
+
+    def initial_loss(self, kind=None):
+        return None
+
+    def __call__(self, scores, layout, stats=None):
+        out = super().__call__(scores, layout, stats)
+        keep = scores.length[layout.pairs.w] > 4
+        return LossOut(out.per_item[keep], {})
+"""
+
 
 def letters(draw: random.Random, shortest: int = 2, longest: int = 6) -> str:
     return "".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(draw.randint(shortest, longest)))
@@ -203,6 +223,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "sync": {"reference": {"scheme": "sync", "every": 1, "rate": 0.5}},
     "mixture": {"reference": {"scheme": "mixture", "every": 1, "base_share": 0.3}},
     "momentum": {"reference": {"scheme": "momentum", "every": 1, "momentum": 0.3}},
+    "dropout": {"lora__dropout": 0.3},
 }
 
 
@@ -283,7 +304,7 @@ def test_other_data_and_another_step_are_refused_on_resume(run: Runs, tmp_path: 
 
 # --- how a step is cut does not matter -------------------------------------------------------------------------------
 
-CUT = ("dpo", "simpo", "npo", "sft", "dapo", "grpo", "dr_grpo")
+CUT = ("dpo", "simpo", "orpo", "npo", "sft", "dapo", "grpo", "dr_grpo")
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -296,6 +317,35 @@ def test_accumulation_does_not_change_the_step(name: str, run: Runs, place: Path
     whole = run("whole", **changes, training__max_train_steps=3)
     split = changes | {"training__train_batch_size": 1, "training__gradient_accumulation_steps": 4}
     assert_same_steps(whole.run_dir, run("split", **split, training__max_train_steps=3).run_dir)
+
+
+@pytest.mark.parametrize("name", ["npo", "sft", "rft", "orpo", "inpo"])
+def test_accumulation_does_not_change_an_online_step(name: str, run: Runs, place: Path) -> None:
+    """Objectives with a side that has no loss, with averages over either side, over prompts, or with the sampling model."""
+    changes = online(place, name) | {"training__max_train_steps": 2, "training__train_batch_size": 8}
+    whole = run("whole", **changes)
+    split = changes | {"training__train_batch_size": 2, "training__gradient_accumulation_steps": 4}
+    assert_same_steps(whole.run_dir, run("split", **split).run_dir)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_what_has_a_loss(run: Runs, tmp_path: Path, place: Path) -> None:
+    """An objective that leaves samples out, a different number in every micro-batch."""
+    objective = tmp_path / "long_only.py"
+    objective.write_text(LONG_ONLY)
+    changes = {"objective": {"name": str(objective)}, "training__max_train_steps": 3}
+    whole = run("whole", **changes)
+    assert 1 < min(row["count"] for row in rows_of(whole.run_dir)) < 4
+    split = changes | {"training__train_batch_size": 1, "training__gradient_accumulation_steps": 4}
+    assert_same_steps(whole.run_dir, run("split", **split).run_dir)
+
+
+def test_rows_whose_label_is_not_read_are_left_out_and_counted(run: Runs, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    rows = [{"prompt": letters(draw), "completion": letters(draw), "label": i % 4 == 0} for i in range(24)]
+    write_rows(tmp_path / "labelled.jsonl", rows)
+    folder = run(data__sources=[str(tmp_path / "labelled.jsonl")], objective={"name": "sft"}).run_dir
+    assert json.loads((folder / "data_report.json").read_text())["skipped"]["unread_label"]["count"] == 18
+    assert [row["count"] for row in rows_of(folder)] == [4.0] * 4
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
@@ -375,6 +425,16 @@ def test_groups_without_contrast_teach_nothing(run: Runs, place: Path) -> None:
         ({"reference__scheme": "sync", "objective": {"name": "simpo"}}, r"objective 'simpo' has no reference"),
         ({"evaluation": {"at_end": True, "prompts": ["a"]}}, r"evaluation\.rewards: empty"),
         ({"evaluation": {"rewards": ["pickscore"]}}, r"reward 'pickscore' judges pictures"),
+        ({"objective": {"name": "hypo"}}, r"'hypo' needs on_policy, which text data do not have"),
+        ({"objective": {"name": "inpo"}}, r"'inpo' needs the log-probabilities .* train it online"),
+        (
+            {"evaluation": {"at_end": True, "rewards": ["text_world:correct"]}},
+            r"evaluation\.prompts: missing, and .*rewards are set",
+        ),
+        (
+            {"evaluation": {"at_end": True, "prompts": "held_out", "rewards": ["text_world:correct"]}},
+            r"held_out_fraction is 0, so no prompt is held out",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_model_is_read(
@@ -394,6 +454,61 @@ def test_online_steps_are_whole_groups(run: Runs, place: Path) -> None:
         run("cold", **online(place), generation__temperature=0.7)
     with pytest.raises(ConfigError, match="got 2 for 1 rewards"):
         run("weights", **online(place, reward_weights=[1.0, 2.0]))
+
+
+def test_what_compares_answers_needs_them_in_one_micro_batch(run: Runs, place: Path) -> None:
+    cut = {"training__train_batch_size": 2, "training__gradient_accumulation_steps": 4}
+    with pytest.raises(ConfigError, match=r"got 2; objective 'rebel' .* a multiple of rollout.samples_per_prompt 4"):
+        run("rebel", **online(place, "rebel") | {"objective": {"name": "rebel", "beta": 0.1}} | cut)
+    with pytest.raises(ConfigError, match="'a2po' reads 'v_star' of every answer"):
+        run("a2po", **online(place, "a2po"))
+    with pytest.raises(ConfigError, match="'idk_dpo' reads pairs and items together"):
+        run("idk", **online(place, "idk_dpo"))
+
+
+def test_data_that_an_objective_cannot_read_are_a_users_mistake(run: Runs, place: Path) -> None:
+    with pytest.raises(DataError, match=r"'rrpo' cannot be computed on these data: .*segment is missing; see docs"):
+        run("rrpo", objective={"name": "rrpo"})
+    with pytest.raises(DataError, match="missing_alternate"):
+        run("idk", **unlearning(place, "idk_dpo"))
+
+
+def test_pairs_of_a_prompt_with_many_can_count_less(run: Runs, tmp_path: Path) -> None:
+    draw = random.Random(2)
+    rows = [{"prompt": "abc", "chosen": letters(draw), "rejected": letters(draw)} for _ in range(8)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    folder = run(data__sources=[str(tmp_path / "pairs.jsonl")], data__weight_by_prompt=True).run_dir
+    assert rows_of(folder)[0]["weight"] == pytest.approx(1 / 8)
+
+
+def test_prompts_without_room_for_an_answer_are_refused_at_the_start(run: Runs, tmp_path: Path, place: Path) -> None:
+    rows = [{"prompt": "ab" * n} for n in range(1, 12)] + [{"prompt": "abc" * 19}]
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    changes = online(place) | {"data__sources": [str(tmp_path / "prompts.jsonl")], "text__max_length": 64}
+    with pytest.raises(DataError, match=r"prompt \d+ has 57 tokens, .* 8; .* 64 fit .* \(1 of 12 prompts do not\)"):
+        run(**changes, generation__max_new_tokens=8)
+
+
+def test_held_out_samples_that_nothing_measures_are_noted(run: Runs, place: Path, caplog: Any) -> None:
+    run("grpo", **online(place), evaluation={"held_out_fraction": 0.3}, training__max_train_steps=1)
+    assert "nothing is measured on them" in caplog.text
+    caplog.clear()
+    run("dpo", evaluation={"held_out_fraction": 0.3}, training__max_train_steps=1)
+    assert "nothing is measured on them" not in caplog.text
+
+
+def test_a_prompt_that_comes_twice_in_a_round_is_answered_anew(run: Runs, tmp_path: Path, place: Path) -> None:
+    write_rows(tmp_path / "one.jsonl", [{"prompt": "ab"}])
+    changes = online(place) | {"data__sources": [str(tmp_path / "one.jsonl")], "training__max_train_steps": 1}
+    rows = rows_of(run(**changes).run_dir)
+    half = rows_of(run("half", **changes | {"training__train_batch_size": 4}).run_dir)
+    assert rows[0]["reward"] != half[0]["reward"]
+
+
+def test_passes_over_the_data_count_prompts_online(run: Runs, place: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    run(**online(place, num_iterations=2))  # 2 prompts for each of 2 rounds, of 24
+    assert "0.17 passes over the data" in caplog.text
 
 
 def test_text_objectives_are_refused_on_denoising_errors(tmp_path: Path, place: Path) -> None:

@@ -19,7 +19,16 @@ LISTED = 1000  # rows listed per reason; the counts go on
 
 # Rows that a rule of the configuration takes out. Every other reason means that the row could not be used at all.
 RULES = frozenset(
-    {"unlabelled", "tie", "duplicate", "identical_images", "excluded_prompt", "filtered", "beyond_max_pairs"}
+    {
+        "unlabelled",
+        "tie",
+        "duplicate",
+        "identical_images",
+        "excluded_prompt",
+        "filtered",
+        "beyond_max_pairs",
+        "unread_label",
+    }
 )
 
 

@@ -51,9 +51,14 @@ class Job(ABC):
     @property
     def effective_batch(self) -> int:
         """Samples per optimiser step over all processes."""
-        training = self.config.training
-        assert training.train_batch_size != "auto", "resolved before"
-        return training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.micro_batch * self.config.training.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per micro-batch and process."""
+        size = self.config.training.train_batch_size
+        assert size != "auto", "resolved before"
+        return size
 
     @abstractmethod
     def prepare(self) -> None:
@@ -89,12 +94,16 @@ class Job(ABC):
         return None
 
     def initial_loss(self) -> float | None:
-        """The loss of an untouched adapter, where it is known."""
+        """The loss of an untouched adapter, where it is known: margins and soft labels may move it."""
         return self.objective.initial_loss(self.family.kind)
 
     def summary(self) -> dict[str, float | str]:
         """Numbers worth printing and storing with every checkpoint."""
         return objective_summary(self.config, self.family.kind)
+
+    def passes(self) -> float:
+        """How often the run sees all of its data."""
+        return self.config.training.max_train_steps * self.effective_batch / self.count
 
     def sample(self, step: int, *, adapters: bool) -> None:
         """Write samples of a fixed set of prompts for the report (main process); does nothing without prompts."""

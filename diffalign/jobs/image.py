@@ -19,7 +19,7 @@ from diffalign.errors import ConfigError
 from diffalign.families import NETWORK, DenoisingFamily
 from diffalign.hardware import configure_network
 from diffalign.jobs import Job, weight_metric
-from diffalign.losses import LossOut
+from diffalign.losses import EXO, LossOut
 from diffalign.metrics import StepMetrics
 from diffalign.outputs import Outputs
 from diffalign.policy import Policy
@@ -103,6 +103,10 @@ class ImageJob(Job):
     def record(self, metrics: StepMetrics, batch: PairBatch, out: LossOut) -> None:
         times = batch.t if len(out.per_item) == len(batch.t) else torch.cat([batch.t, batch.t])
         metrics.add(out, times if len(out.per_item) == len(times) else None)
+
+    def initial_loss(self) -> float | None:
+        soft = self.config.data.ties == "soft" and isinstance(self.objective, EXO)
+        return None if soft else super().initial_loss()
 
     @property
     def num_timesteps(self) -> int | None:

@@ -18,6 +18,7 @@ from diffalign._model_card_text import write_text_card
 from diffalign.config import DataConfig, RunConfig
 from diffalign.data.loader import micro_batches
 from diffalign.data.prepare import REPORT
+from diffalign.errors import DataError
 from diffalign.families import NETWORK
 from diffalign.families.causal_lm import CausalLM
 from diffalign.files import atomic_write_text
@@ -31,11 +32,13 @@ from diffalign.text import evaluate
 from diffalign.text.batch import TextBatch, TextExample
 from diffalign.text.dataset import TextData, TextMicroBatches, make_plan
 from diffalign.text.export import save_peft
+from diffalign.text.generation import check_prompts
 from diffalign.text.policy import TextPolicy
 from diffalign.text.prepare import prepare_text
 from diffalign.text.rollouts import Rollouts, prompts_per_step
 
 log = logging.getLogger(__name__)
+ANSWERS = Needs(layout=("items",), reference=False)  # as data: single answers, as they are
 PROMPTS = Needs(layout=("groups",), reference=False)  # as data: a prompt and its columns
 HELD_OUT = "held_out"
 WORLD_HELD_OUT = "text_world_heldout"
@@ -62,6 +65,15 @@ class TextJob(Job):
         self.kept, self.kept_out = self.data.split(config.evaluation.held_out_fraction)
         self.count, self.held_out = len(self.kept), len(self.kept_out)
         self.prompts = self._evaluation_prompts()
+        if self.kept_out and config.evaluation.prompts != HELD_OUT and (self.online or not self._held_out_pairs()):
+            log.warning(
+                "evaluation.held_out_fraction: %d samples are kept out of training, and nothing is measured on them: they "
+                "are no pairs, and evaluation.prompts is not 'held_out'",
+                self.held_out,
+            )
+
+    def _held_out_pairs(self) -> list[int]:
+        return [i for i in self.kept_out if self.data.kinds[i] == "pair"]
 
     def _evaluation_prompts(self) -> list[TextExample]:
         """What is answered at the end: held-out prompts of the data, a file, or the text world's own."""
@@ -109,6 +121,14 @@ class TextJob(Job):
         self.family.configure(self.config.training)
         return self.family.network
 
+    def check_room(self, prompts: list[TextExample]) -> None:
+        """Refuse prompts that leave no room for an answer now, and not when their turn comes.
+
+        Raises:
+            DataError: with the longest.
+        """
+        check_prompts(self.family.network, [e.rows[0].ids[: e.rows[0].start] for e in prompts], self.config.generation)
+
     def open_policy(self, network: nn.Module, bare: nn.Module, reference: Reference | None = None) -> None:
         """Take the network for scoring and sampling alone; `evaluate` needs no more."""
         autocast = self.accelerator.autocast if self.config.training.mixed_precision != "no" else nullcontext
@@ -117,10 +137,12 @@ class TextJob(Job):
     def start(self, network: nn.Module, bare: nn.Module, reference: Reference) -> None:
         config, training = self.config, self.config.training
         self.open_policy(network, bare, reference)
+        self.check_room(self.prompts)
         self.estimator = self.objective.estimator()
         self.rollouts = None
         if self.online:
             asked = unique_prompts(self.data, self.kept)
+            self.check_room(asked)
             self.rollouts = Rollouts(config, asked, self.policy, self.accelerator, self.family.tokenizer)
             return
         assert training.train_batch_size != "auto", "resolve_auto has chosen"
@@ -132,6 +154,12 @@ class TextJob(Job):
             needs=self.objective.needs,
             micro_batches_per_step=training.gradient_accumulation_steps * self.accelerator.num_processes,
         )
+
+    def initial_loss(self) -> float | None:
+        return super().initial_loss() if self.data.plain else None
+
+    def passes(self) -> float:
+        return super().passes() if self.rollouts is None else self.rollouts.passes()
 
     def micro_batches(self, first_step: int) -> Iterator[TextBatch]:
         if self.rollouts is not None:
@@ -147,8 +175,13 @@ class TextJob(Job):
     def loss(self, batch: TextBatch) -> LossOut:
         scores = self.policy.scores(batch, self.objective)
         layout = batch.layout
-        stats = None if self.estimator is None else self.estimator.update(scores, layout, self.accelerator.gather)
-        out = self.objective(scores, layout, stats)
+        try:
+            stats = None if self.estimator is None else self.estimator.update(scores, layout, self.accelerator.gather)
+            out = self.objective(scores, layout, stats)
+        except ValueError as error:  # how the losses say that something they read is not there
+            raise DataError(
+                f"objective {self.objective.name!r} cannot be computed on these data: {error}; see docs/how-to/text-data.md"
+            ) from error
         weight_metric(out, *[part.weight for part in (layout.pairs, layout.items) if part is not None])
         if self.rollouts is not None:
             told = {name: value[: len(value) - self._mismatched(layout)] for name, value in batch.extra.items()}
@@ -230,7 +263,7 @@ class TextJob(Job):
         config = self.config.evaluation
         result: dict[str, Any] = {}
         if not self.online and self.kept_out:
-            pairs = [self.data.example(i) for i in self.kept_out if self.data.kinds[i] == "pair"]
+            pairs = [self.data.example(i) for i in self._held_out_pairs()]
             accuracy = evaluate.held_out_accuracy(self.policy, pairs, reference=self.objective.reads_reference())
             if accuracy is not None:
                 result |= {
@@ -262,7 +295,20 @@ class TextJob(Job):
         }
         # A pair of an alternate and the answer to forget is about that answer.
         forget = [dataclasses.replace(e, kind="item", rows=e.rows[-1:]) for e in sides[False]]
-        return evaluate.unlearning_result(self.policy, forget, sides[True])
+        sets = {"forget": forget, "retain": sides[True]}
+        if self.config.data.world_text is not None:
+            sets |= {f"{name}_reworded": self._reworded(forget=name == "forget") for name in ("forget", "retain")}
+        return evaluate.unlearning_result(self.policy, sets)
+
+    def _reworded(self, *, forget: bool) -> list[TextExample]:
+        """The text world's facts, asked for in words that no training set has."""
+        from diffalign.world.text import datasets
+
+        path = self.run_dir / "data" / f"{'forget' if forget else 'retain'}_reworded.jsonl"
+        datasets.write_facts(path, forget=forget, held_out=True)
+        reading = DataConfig(format="text", sources=(str(path),), drop_duplicates=False)
+        found, _ = prepare_text(dataclasses.replace(self.config, data=reading), self.family, needs=ANSWERS)
+        return [found.example(i) for i in range(len(found))][:MEMORY_ITEMS]
 
     def _conversational(self, example: TextExample) -> bool:
         """Whether a prompt was rendered by a chat template: as plain text, its tokens would end what was tokenised."""

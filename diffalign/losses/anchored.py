@@ -171,7 +171,8 @@ class RewardMatching(BetaObjective):
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         lists = Layout.of(layout).need_lists()
-        r = self.beta_for(scores.kind) * scores.log_ratio()[lists.index]
+        # Padded places may hold any index.
+        r = self.beta_for(scores.kind) * scores.log_ratio()[lists.index.masked_fill(~lists.mask, 0)]
         log_q = masked_log_softmax(lists.gain / self.reward_temperature, lists.mask)
         loss = self.terms(r, log_q, lists.mask).masked_fill(~lists.mask, 0.0).sum(1)
         return LossOut(loss, _list_metrics(r, lists))

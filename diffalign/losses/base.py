@@ -151,7 +151,8 @@ class Objective(ABC):
         paper: arXiv id; "" where there is none, ending in "?" where the id is from memory.
         composition: transform -> contrast -> link -> weight -> reduction, in words.
         needs: what it reads.
-        parity: the independent implementation it is tested against; "" if there is none.
+        parity: the independent implementation it is tested against; ending in "(formula)" where its formula was transcribed
+            and its code is not run; "" if there is none.
         status: "experimental" where the published formula was not available.
         unknown: then, what is not known.
         instead: what to use where it is refused.
@@ -206,6 +207,10 @@ class Objective(ABC):
         """Whether these settings read the reference; may be more or less than `needs.reference`."""
         return self.needs.reference
 
+    def reads_prompt(self) -> bool:
+        """Whether these settings read `Scores.prompt_imitation`; may be less than `needs.prompt`."""
+        return self.needs.prompt
+
     def beta_for(self, kind: Kind) -> float:
         """The beta in use: the field, or the default of this kind of score."""
         beta = self.__dict__.get("beta")
@@ -220,7 +225,10 @@ class Objective(ABC):
         return None
 
     def initial_loss(self, kind: Kind = Kind.TOKEN) -> float | None:
-        """The loss at policy == reference, where it is a constant; a first step that differs from it raises an alarm."""
+        """The loss at policy == reference, where it is a constant; a first step that differs from it raises an alarm.
+
+        Of pairs without margins: a margin moves every logit. Weights multiply it.
+        """
         return None
 
     def summary(self) -> dict[str, float | str]:

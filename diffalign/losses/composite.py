@@ -229,11 +229,21 @@ class Mixed(BetaObjective):
         part = build(cls, shared | dict(self.settings.get(name, {})))
         if part.estimator() is not None:
             raise ValueError(f"{name} remembers across batches, which a sum of objectives cannot; train with it alone")
+        if part.needs.old:
+            raise ValueError(
+                f"{name} reads the scores of a second model, which a sum of objectives has not; train it alone"
+            )
         return part
 
     def check(self, kind: Kind) -> None:
         for part in self.parts.values():
             part.check(kind)
+
+    def reads_reference(self) -> bool:
+        return any(part.reads_reference() for part in self.parts.values())
+
+    def reads_prompt(self) -> bool:
+        return any(part.reads_prompt() for part in self.parts.values())
 
     def beta_for(self, kind: Kind) -> float:
         """That of the first objective."""

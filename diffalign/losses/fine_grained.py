@@ -224,8 +224,8 @@ class TDPO2(UnitObjective):
         beta, rho, kl = self.beta_for(scores.kind), scores.log_ratio(), sequence_kl(scores)
         u_w = rho[pairs.w] + self.alpha * kl[pairs.w].detach()
         u_l = rho[pairs.l] + self.alpha * kl[pairs.l]
-        z = beta * (u_w - u_l) - pairs.margin
-        loss = pairs.weight * self.link(z, pairs.p, beta)
+        z = beta * (u_w - u_l)
+        loss = pairs.weight * self.link(z - pairs.margin, pairs.p, beta)
         metrics = pair_metrics(z, beta * u_w, beta * u_l, scores, pairs)
         return LossOut(loss, metrics | detached(kl__chosen=kl[pairs.w], kl__rejected=kl[pairs.l]))
 
@@ -369,10 +369,10 @@ class OSPO(Objective):
             raise ValueError(f"beta is {self.beta}, copo_beta {self.copo_beta}; expected positive numbers")
 
     def contrast(self, m: Tensor, pairs: Pairs, beta: float, ratio: float) -> tuple[Tensor, Tensor]:
-        """Loss and margin per pair of weighted means m (N,), each (P,)."""
-        z = beta * (m[pairs.w] - m[pairs.l] - ratio) - pairs.margin
+        """Loss of weighted means m (N,) per pair, and beta times their difference, each (P,)."""
+        z = beta * (m[pairs.w] - m[pairs.l])
         p = pairs.p * (1 - self.label_smoothing) + (1 - pairs.p) * self.label_smoothing
-        return pairs.weight * links.logistic(z, p), z
+        return pairs.weight * links.logistic(z - beta * ratio - pairs.margin, p), z
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         layout = Layout.of(layout)

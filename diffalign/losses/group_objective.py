@@ -29,7 +29,7 @@ from diffalign.losses.scores import Cap, Scores
 from diffalign.losses.surrogates import Rollout
 
 UNIT_CAPS = (Cap.RATIO, Cap.UNITS)
-INSTEAD = "score stored transitions of a stochastic sampler (STEP), or use 'diffusion_nft' or 'awm' on denoising errors"
+INSTEAD = "score stored transitions of a stochastic sampler (STEP), or use 'rebel' or 'rwr' on denoising errors"
 
 
 @dataclass(frozen=True, kw_only=True)

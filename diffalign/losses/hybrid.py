@@ -137,8 +137,8 @@ class FlexDPO(LogisticObjective):
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         pairs = Layout.of(layout).need_pairs()
         reward = self.beta_for(scores.kind) * self.transform(scores)
-        z = reward[pairs.w] - self.rejected_ratio * reward[pairs.l] - pairs.margin
-        loss = self.link(z, pairs.p, self.beta_for(scores.kind))
+        z = reward[pairs.w] - self.rejected_ratio * reward[pairs.l]
+        loss = self.link(z - pairs.margin, pairs.p, self.beta_for(scores.kind))
         if self.sft_weight:
             loss = loss + self.sft_weight * imitation(scores, pairs.w)
         return LossOut(pairs.weight * loss, pair_metrics(z, reward[pairs.w], reward[pairs.l], scores, pairs))
@@ -170,11 +170,11 @@ class DPOP(LogisticObjective):
         beta = self.beta_for(scores.kind)
         reward = beta * self.transform(scores)
         penalty = self.dpop_lambda * relu(-reward[pairs.w])
-        z = reward[pairs.w] - reward[pairs.l] - pairs.margin
+        z = reward[pairs.w] - reward[pairs.l]
         if self.place == "inside":
-            loss = self.link(z - penalty, pairs.p, beta)
+            loss = self.link(z - pairs.margin - penalty, pairs.p, beta)
         else:
-            loss = self.link(z, pairs.p, beta) + penalty
+            loss = self.link(z - pairs.margin, pairs.p, beta) + penalty
         metrics = pair_metrics(z, reward[pairs.w], reward[pairs.l], scores, pairs)
         return LossOut(pairs.weight * loss, metrics | detached(dpop__penalty=penalty))
 

@@ -314,8 +314,13 @@ class Odds(Objective):
     odds_weight: float = 0.1
     imitate_prompt: bool = False
 
-    needs: ClassVar[Needs] = needs("pairs", caps=(Cap.LENGTH, Cap.PROBABILITY, Cap.IMITATION), reference=False)
+    needs: ClassVar[Needs] = needs(
+        "pairs", caps=(Cap.LENGTH, Cap.PROBABILITY, Cap.IMITATION), reference=False, prompt=True
+    )
     instead: ClassVar[str] = _USE_MAPO
+
+    def reads_prompt(self) -> bool:
+        return self.imitate_prompt
 
     @abstractmethod
     def cost(self, o_w: Tensor, o_l: Tensor, pairs: Pairs) -> Tensor:

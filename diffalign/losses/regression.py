@@ -45,7 +45,7 @@ class NFT(Objective):
 
     Third-party ports divide by 1 - R instead of 1 - r. The official code sums over the rows of a step and divides by 1000
     instead of a length; that is followed, so the learning rate goes with the batch size. Defaults: official launchers
-    (learning rate 1e-6, 16 samples, no KL). For denoising errors use DiffusionNFT, which regresses predictions.
+    (learning rate 1e-6, 16 samples, no KL). DiffusionNFT, for denoising, regresses predictions and is not here.
 
     Attributes:
         normalize: weight of a prompt: 0: 1, 1: 1 - r, 2: sqrt((1 - r) / r).
@@ -71,7 +71,7 @@ class NFT(Objective):
     )
     needs: ClassVar[Needs] = needs("groups", caps=(Cap.RATIO, Cap.UNITS), reference=False)
     parity: ClassVar[str] = "NVlabs/NFT dp_actor.py (formula)"
-    instead: ClassVar[str] = "use 'diffusion_nft' on denoising errors, or STEP scores"
+    instead: ClassVar[str] = "use 'raft' or 'rebel' on denoising errors, or STEP scores"
 
     def __post_init__(self) -> None:
         if self.neg_weight < 0 or self.clamp_negative <= 0 or self.normalize not in (0, 1, 2):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -179,7 +179,8 @@ class PoFT(Objective):
     negative it is SFT of weight beta; what the others find unlikely gets a smaller gradient. Official code
     Savannah120/alignment-handbook-PoFT (log of a sigmoid there; beta 1 and gamma 0 are fixed).
 
-    Models with other tokenizers have other tokens: give both numbers per character or byte then.
+    Models with other tokenizers have other tokens: give both numbers per character or byte then. Items labelled 0 are left
+    out, as SFT does: nothing says that a rejected response should be likelier than under other models.
 
     Attributes:
         beta, gamma: scale and shift of the gap.
@@ -192,15 +193,24 @@ class PoFT(Objective):
     title: ClassVar[str] = "PoFT"
     paper: ClassVar[str] = "2412.12865"
     composition: ClassVar[str] = "mean log p - external mean log p -> beta, + gamma -> logistic"
-    needs: ClassVar[Needs] = needs("items", caps=(Cap.ABSOLUTE, Cap.LENGTH), reference=False)
+    needs: ClassVar[Needs] = needs("items", caps=(Cap.ABSOLUTE, Cap.LENGTH), reference=False, labels=(1,))
     instead: ClassVar[str] = "use sft: there is no likelihood of other models to compare with"
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
-        items = Layout.of(layout).need_items()
+        items = labelled_one(Layout.of(layout).need_items())
         external = need_target(items, "the aligned models' mean log-probability")
         gap = scores.theta[items.index] / scores.need_length()[items.index] - external
         loss = items.weight * -logsigmoid(self.beta * gap + self.gamma)
         return LossOut(loss, detached(gap=gap))
+
+
+def labelled_one(items: Items) -> Items:
+    """The items labelled 1; all of them, where there are no labels."""
+    if items.label is None:
+        return items
+    keep = items.label > 0.5
+    cut = {name: getattr(items, name) for name in ("index", "label", "weight", "target")}
+    return replace(items, **{name: x[keep] if isinstance(x, Tensor) else x for name, x in cut.items()})
 
 
 def need_target(items: Items, what: str) -> Tensor:

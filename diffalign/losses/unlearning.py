@@ -371,8 +371,8 @@ class IdkDPO(Retaining):
             raise ValueError(
                 "idk_dpo retains its items, which need label 1; what it forgets are rejected rows of pairs"
             )
-        z = beta * (rho[pairs.w] - rho[pairs.l]) - pairs.margin
-        lost, kept = -2 / beta * logsigmoid(z), self.retained(scores, retain)
+        z = beta * (rho[pairs.w] - rho[pairs.l])
+        lost, kept = -2 / beta * logsigmoid(z - pairs.margin), self.retained(scores, retain)
         lost_share = lost * pairs.weight * (self.gamma * forget.share)
         kept_share = kept * retain.weight * (self.alpha * retain.share)
         return LossOut(

@@ -17,6 +17,7 @@ from diffalign import adapters, checkpoint, preflight
 from diffalign.config import RunConfig
 from diffalign.data.report import DataReport
 from diffalign.errors import CheckpointError, ConfigError
+from diffalign.families._loading import quiet
 from diffalign.families.causal_lm import CausalLM
 from diffalign.files import atomic_write_text, require_writable
 from diffalign.hardware import make_accelerator, open_family
@@ -228,7 +229,8 @@ def export_adapter(config: RunConfig, adapter: Path | None, out: Path, *, fp16: 
     merged = merge_adapter(family.network)
     if fp16:
         merged.half()
-    merged.save_pretrained(out)
+    with quiet():
+        merged.save_pretrained(out)
     family.tokenizer.save_pretrained(out)
     return sorted(path for path in out.iterdir() if path.is_file())
 

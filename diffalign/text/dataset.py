@@ -92,6 +92,11 @@ class TextData:
         return len(self.ids)
 
     @property
+    def plain(self) -> bool:
+        """No pair has a margin or an uncertain label, so a loss starts where the objective says it does."""
+        return not any("margin" in rest or "p" in rest for rest in self._rest)
+
+    @property
     def tokens(self) -> int:
         """Of all rows together."""
         return len(self._tokens)

@@ -5,7 +5,7 @@ Shapes: N items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ def held_out_accuracy(
     """How often the chosen response of pairs that training never saw is ahead.
 
     With a reference, ahead means that its log-ratio is higher (implicit accuracy). Without one, that its mean
-    log-probability per token is higher (ranking accuracy), as reference-free objectives score. Ties in the data are left out.
+    log-probability per token is higher (ranking accuracy), as reference-free objectives score. Ties are left out.
     """
     pairs = [pair for pair in pairs if pair.kind == "pair" and pair.p != 0.5]
     if not pairs:
@@ -181,15 +181,15 @@ def memory(policy: TextPolicy, items: Sequence[TextExample], *, adapters: bool) 
     return Memory(probability, np.array(recall))
 
 
-def unlearning_result(
-    policy: TextPolicy, forget: Sequence[TextExample], retain: Sequence[TextExample]
-) -> dict[str, Any]:
-    """Recall and probability of the forget and the retain set, before and after, with intervals of the differences.
+def unlearning_result(policy: TextPolicy, sets: Mapping[str, Sequence[TextExample]]) -> dict[str, Any]:
+    """Recall and probability of sets of answers, before and after, with intervals of the differences.
 
-    `forget_quality` is the fall of recall on the forget set, `retained` the share of recall kept on the retain set.
+    Args:
+        policy: with the adapter.
+        sets: items by the name of their set, such as "forget" and "retain"; empty ones are left out.
     """
     found: dict[str, Any] = {}
-    for name, items in (("forget", forget), ("retain", retain)):
+    for name, items in sets.items():
         if not items:
             continue
         before, after = (memory(policy, items, adapters=adapters) for adapters in (False, True))

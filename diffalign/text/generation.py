@@ -91,7 +91,7 @@ def generate(
     check_generation(config)
     if len(seeds) != len(prompts):
         raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds; expected one seed per prompt")
-    _check_prompts(network, prompts, config.max_new_tokens)
+    check_prompts(network, prompts, config)
     settings = HFGenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
@@ -115,16 +115,25 @@ def generate(
     return [found[n] for n in range(len(prompts))]
 
 
-def _check_prompts(network: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+def check_prompts(network: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
+    """Refuse prompts that are empty, or that leave no room for `max_new_tokens` in the model's context.
+
+    Raises:
+        DataError: naming the longest.
+    """
+    if (empty := next((n for n, prompt in enumerate(prompts) if not prompt), None)) is not None:
+        raise DataError(f"prompt {empty} has no tokens; expected at least one (a start-of-text token will do)")
     context = context_length(network.config)
-    for n, prompt in enumerate(prompts):
-        if not prompt:
-            raise DataError(f"prompt {n} has no tokens; expected at least one (a start-of-text token will do)")
-        if context is not None and len(prompt) + new_tokens > context:
-            raise DataError(
-                f"prompt {n} has {len(prompt)} tokens, and generation.max_new_tokens is {new_tokens}; together at most "
-                f"{context} fit the model's context. Lower one of them, or text.max_prompt_length"
-            )
+    lengths = [len(prompt) for prompt in prompts]
+    if context is None or not lengths or max(lengths) + config.max_new_tokens <= context:
+        return
+    longest = lengths.index(max(lengths))
+    many = sum(length + config.max_new_tokens > context for length in lengths)
+    raise DataError(
+        f"prompt {longest} has {lengths[longest]} tokens, and generation.max_new_tokens is {config.max_new_tokens}; "
+        f"together at most {context} fit the model's context ({many} of {len(lengths)} prompts do not). Lower one of "
+        "them, or text.max_prompt_length"
+    )
 
 
 def context_length(config: Any) -> int | None:

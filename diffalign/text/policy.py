@@ -96,7 +96,7 @@ class TextPolicy:
     def scores(self, batch: TextBatch, objective: Objective) -> Scores:
         """Token scores of all rows, with what the objective needs.
 
-        `reads_reference()`, `needs.prompt` and `vocabulary()` decide what is computed; units are tokens, aligned with
+        `reads_reference()`, `reads_prompt()` and `vocabulary()` decide what is computed; units are tokens, aligned with
         `batch.input_ids`, (N, L).
 
         Raises:
@@ -107,7 +107,7 @@ class TextPolicy:
                 f"objective {objective.name!r} needs the log-probabilities under the model that wrote the responses; this "
                 "batch has none. Train it online"
             )
-        plan = self._plan(batch, prompt=objective.needs.prompt)
+        plan = self._plan(batch, prompt=objective.reads_prompt())
         statistics: dict[str, TokenStatistic] = dict(objective.vocabulary())
         ref, ref_hidden = None, None
         # The reference goes first: adapters must not be switched between the policy's forward and its backward.
@@ -127,7 +127,7 @@ class TextPolicy:
             )
         ref = found.pop(_REFERENCE).detach() if _REFERENCE in found else ref
         theta_NL = plan.spread(theta)
-        more = self._prompt(theta_NL, plan, batch) if objective.needs.prompt else {}
+        more = self._prompt(theta_NL, plan, batch) if objective.reads_prompt() else {}
         return Scores.tokens(
             theta_NL,
             None if ref is None else plan.spread(ref),

@@ -200,7 +200,8 @@ def as_needed(record: TextRecord, needs: Needs) -> list[TextRecord]:
     A pair is also a list of two. Online objectives on groups take the prompt of anything.
 
     Raises:
-        BadRow: "wrong_kind": the objective cannot read it.
+        BadRow: "wrong_kind": the objective cannot read it; "unread_label": nor items with this label;
+            "missing_alternate": it compares what is to be forgotten with an `alternate`, and there is none.
     """
     wanted = set(needs.layout)
     offline = wanted & set(LAYOUTS.values())
@@ -210,6 +211,12 @@ def as_needed(record: TextRecord, needs: Needs) -> list[TextRecord]:
         segments = None if record.segments is None else (None, *record.segments)
         sides = (record.alternate, *record.responses)
         return [replace(record, kind="pair", responses=sides, alternate=None, segments=segments, p=1.0)]
+    if record.kind == "item" and "items" in wanted and round(record.label) not in needs.labels:
+        raise BadRow(
+            "unread_label", f"label {record.label:g}; the objective reads {' and '.join(map(str, needs.labels))}"
+        )
+    if record.kind == "item" and {"pairs", "items"} <= wanted and record.label < 0.5:
+        raise BadRow("missing_alternate", "what is to be forgotten becomes a pair with what is to be said instead")
     if LAYOUTS.get(record.kind) in wanted:
         return [record]
     if record.kind == "pair" and "items" in wanted:

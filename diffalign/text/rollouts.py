@@ -10,6 +10,7 @@ its first micro-batch is asked for.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -26,6 +27,8 @@ from diffalign.losses import Groups, Items, Layout, Lists, Objective, Pairs, Sco
 from diffalign.losses.advantages import group_mean, total_reward
 from diffalign.losses.games import win_rates
 from diffalign.losses.group_objective import GroupObjective
+from diffalign.losses.regression import NFT
+from diffalign.losses.supervised import RFT
 from diffalign.schedules import sample_seed
 from diffalign.text.batch import TextBatch, TextExample, TextRow, collate_text
 from diffalign.text.generation import generate
@@ -89,6 +92,11 @@ class Rollouts:
     def steps_per_round(self) -> int:
         return self.rollout.steps_per_generation * self.rollout.num_iterations
 
+    def passes(self) -> float:
+        """How often a run answers all of its prompts."""
+        rounds = math.ceil(self.config.training.max_train_steps / self.steps_per_round)
+        return rounds * self.plan.batch_size / len(self.prompts)
+
     def micro_batches(self, first_step: int) -> Iterator[TextBatch]:
         """This process's micro-batches from an optimiser step on."""
         for step in range(first_step, self.config.training.max_train_steps):
@@ -111,9 +119,12 @@ class Rollouts:
     def _answer(self, chosen: list[tuple[int, int]], number: int, first_group: int) -> list[Answer]:
         count = self.rollout.samples_per_prompt
         examples = [self.prompts[index] for index, _ in chosen]
+        repeats = self._repeats(chosen, first_group, number)
         prompts = [example.rows[0].ids[: example.rows[0].start] for example in examples for _ in range(count)]
         seeds = [
-            sample_seed(self.config.seed, f"{example.id}/{k}", number) for example in examples for k in range(count)
+            sample_seed(self.config.seed, f"{example.id}/{k + again * count}", number)
+            for example, again in zip(examples, repeats, strict=True)
+            for k in range(count)
         ]
         sampled = generate(
             self.policy.bare,
@@ -138,6 +149,15 @@ class Rollouts:
             for n in range(len(prompts))
         ]
 
+    def _repeats(self, chosen: Sequence[tuple[int, int]], first: int, number: int) -> list[int]:
+        """How often each prompt has come up in the round before, so that a prompt that comes twice is answered anew."""
+        before = [index for index, _ in self.plan.micro_batch(number)[:first]]
+        found = []
+        for index, _ in chosen:
+            found.append(before.count(index))
+            before.append(index)
+        return found
+
     def _reward(self, examples: Sequence[TextExample], texts: list[str]) -> Tensor:
         """Rewards (N, K) of answers, in the order of the reward models."""
         prompts = [example.prompt for example in examples]
@@ -153,6 +173,8 @@ class Rollouts:
         layout = self.objective.needs.layout
         if "groups" in layout:
             return self._groups(answers)
+        if self.objective.needs.old and (old := self._old(answers)) is not None:
+            answers = [replace(a, row=replace(a.row, old=values)) for a, values in zip(answers, old, strict=True)]
         examples = [made for group in by_group(answers) for made in self._compare(group)]
         return self._batches(examples)
 
@@ -198,9 +220,7 @@ class Rollouts:
     def _batches(self, examples: list[TextExample]) -> list[TextBatch]:
         size = self._micro_batch()
         parts = [examples[i : i + size] for i in range(0, len(examples), size)]
-        tokens = sum(len(row.response) for example in examples for row in example.rows)
-        chosen = sum(len(example.rows[0].response) for example in examples)
-        totals = self._totals(len(examples), tokens, chosen)
+        totals = self._totals(self._counts(examples))
         pad, device = self.policy.family.pad_id, self.accelerator.device
         mismatched = self._mismatched(examples) if "z0" in self.objective.needs.stats else None
         return [
@@ -209,6 +229,26 @@ class Rollouts:
             ).to(device)
             for n, part in enumerate(parts)
         ]
+
+    def _counts(self, examples: Sequence[TextExample]) -> Totals:
+        """Counts of this process's share of an optimiser step."""
+
+        def units(of: Sequence[TextExample]) -> float:
+            return float(sum(len(example.rows[0].response) for example in of))
+
+        pairs = [example for example in examples if example.kind == "pair"]
+        items = [example for example in examples if example.kind == "item"]
+        positive = [example for example in items if example.label > 0.5]
+        only_positive = self.objective.needs.labels == (1,)  # the others have no loss, and are not averaged over
+        return Totals(
+            items=float(len(positive) if only_positive else len(examples)),
+            units=float(sum(len(row.response) for example in examples for row in example.rows)),
+            chosen_units=units(pairs),
+            chosen_prompt_units=float(sum(example.rows[0].start - 1 for example in pairs)),
+            item_units=units(items),
+            positive_items=float(len(positive)) if items else None,
+            positive_units=units(positive) if items else None,
+        )
 
     def _mismatched(self, examples: list[TextExample]) -> list[TextRow]:
         """Each item's prompt with an answer to another prompt of this process's step, for KTO's reference point."""
@@ -221,13 +261,14 @@ class Rollouts:
 
     def _groups(self, answers: list[Answer]) -> list[TextBatch]:
         size = self._micro_batch()
-        totals = self._totals(len(answers), sum(len(a.row.response) for a in answers), 0)
         group = torch.tensor([a.group for a in answers])
         reward = torch.tensor([a.rewards for a in answers])
         reward = reward * torch.tensor(self.weights)
         old = self._old(answers)
         groups = Groups(index=torch.arange(len(answers)), group=group, reward=reward)
-        advantage = self._advantage(answers, groups, old)
+        raw = Groups(index=groups.index, group=group, reward=torch.tensor([a.rewards for a in answers]))
+        totals = self._totals(self._group_counts(answers, groups))
+        advantage = self._advantage(answers, groups, raw, old)
         total = total_reward(reward)
         passed = group_mean((total > 0.5).float(), group)
         batches = []
@@ -274,13 +315,19 @@ class Rollouts:
             found += [values[n, a.row.start : len(a.row.ids)] for n, a in enumerate(part)]
         return found
 
-    def _advantage(self, answers: list[Answer], groups: Groups, old: list[tuple[float, ...]] | None) -> Tensor | None:
+    def _advantage(
+        self, answers: list[Answer], groups: Groups, raw: Groups, old: list[tuple[float, ...]] | None
+    ) -> Tensor | None:
         """Advantages of the whole step on every process, where the objective has them."""
-        if not isinstance(self.objective, GroupObjective):
+        objective = self.objective
+        if not isinstance(objective, GroupObjective):
             return None
+        if objective.aggregate == "normalize_then_sum" and objective.reward_weights is None:
+            # Weights inside the rewards would be normalised away again.
+            groups, objective = raw, replace(objective, reward_weights=tuple(self.weights))
         ref = None
         theta = torch.zeros(len(answers))
-        if self.objective.beta and self.objective.kl_in_reward:
+        if objective.beta and objective.kl_in_reward:
             ref = torch.stack([v.sum() for v in self._log_probs(answers, self.policy.reference_log_probs)])
             known = self._log_probs(answers, self.policy.log_probs) if old is None else [torch.tensor(o) for o in old]
             theta = torch.stack([values.sum() for values in known])
@@ -292,15 +339,25 @@ class Rollouts:
             reward=gather(groups.reward.contiguous().to(device)).cpu(),
         )
         scores = Scores.tokens(gather(theta.to(device)).cpu(), None if ref is None else gather(ref.to(device)).cpu())
-        found = self.objective.advantage(scores, everywhere)
+        found = objective.advantage(scores, everywhere)
         start = self.accelerator.process_index * len(answers)
         return found[start : start + len(answers)]
 
-    def _totals(self, items: int, tokens: int, chosen: int) -> Totals:
-        """Counts of an optimiser step over all processes."""
-        counts = torch.tensor([items, tokens, chosen], dtype=torch.float64, device=self.accelerator.device)
-        items_, tokens_, chosen_ = self.accelerator.reduce(counts, reduction="sum").tolist()
-        return Totals(items=items_, units=tokens_, chosen_units=chosen_)
+    def _group_counts(self, answers: Sequence[Answer], groups: Groups) -> Totals:
+        lengths = torch.tensor([float(len(answer.row.response)) for answer in answers])
+        units = float(lengths.sum())
+        if not isinstance(self.objective, RFT):
+            return Totals(items=float(len(answers)), units=units)
+        accepted = self.objective.accepted(groups)  # the others have no loss, and are not averaged over
+        count, kept = float(accepted.sum()), float(lengths[accepted].sum())
+        return Totals(items=count, units=units, positive_items=count, positive_units=kept)
+
+    def _totals(self, mine: Totals) -> Totals:
+        """Counts of an optimiser step over all processes; the same fields are known on each."""
+        known = [f.name for f in fields(mine) if getattr(mine, f.name) is not None]
+        counts = torch.tensor([getattr(mine, name) for name in known], dtype=torch.float64)
+        summed = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").tolist()
+        return Totals(**dict(zip(known, summed, strict=True)))
 
     def _micro_batch(self) -> int:
         size = self.config.training.train_batch_size
@@ -391,6 +448,13 @@ def prompts_per_step(config: RunConfig) -> int:
         raise ConfigError(
             f"training: {training.train_batch_size} x {training.gradient_accumulation_steps} answers per device and step "
             f"are no multiple of rollout.samples_per_prompt {count}; change one of them"
+        )
+    # Advantages and pass rates are computed before a step is cut; whatever else compares answers needs them together.
+    alone = isinstance(config.objective, GroupObjective) or type(config.objective) in (NFT, RFT)
+    if "groups" in layout and not alone and training.train_batch_size % count:
+        raise ConfigError(
+            f"training.train_batch_size: got {training.train_batch_size}; objective {config.objective.name!r} compares the "
+            f"answers of a group in one micro-batch: expected a multiple of rollout.samples_per_prompt {count}"
         )
     if "z0" in config.objective.needs.stats and size < 2 * count:
         raise ConfigError(

@@ -46,6 +46,7 @@ MINE = [cls for cls in losses.catalogue().values() if any(cls.__module__ == modu
         (lambda: Mixed(losses=("mixed",), weights=(1.0,)), "'mixed'"),
         (lambda: Mixed(losses=("infonca",), weights=(1.0,)), "pairs alone"),
         (lambda: Mixed(settings={"ipo": {}}), "settings for ipo"),
+        (lambda: Mixed(losses=("inpo", "sft"), weights=(1.0, 1.0)), "inpo reads the scores of a second model"),
         (
             lambda: Mixed(losses=("aot",), weights=(1.0,), settings={"aot": {"global_sort": True}}),
             "remembers across batches",
@@ -337,3 +338,13 @@ def test_objectives_that_read_items_cannot_be_mixed_in():
     scores, _, _ = pair_batch(4)
     with pytest.raises(ValueError, match="layout has items"):
         Mixed()(scores, Items(index=torch.arange(4)))
+
+
+def test_a_mixture_asks_for_what_its_parts_read():
+    assert Mixed().reads_reference()
+    assert not Mixed().reads_prompt()
+    reference_free = Mixed(losses=("orpo", "simpo"), weights=(1.0, 1.0))
+    assert not reference_free.reads_reference()
+    assert reference_free.reads_prompt()
+    settings = {"orpo": {"imitate_prompt": False}}
+    assert not Mixed(losses=("orpo",), weights=(1.0,), settings=settings).reads_prompt()

@@ -269,7 +269,7 @@ def test_the_card_states_base_data_unlearning_and_limits(tiny: TrainResult) -> N
     assert front["pipeline_tag"] == "text-generation"
     entry = result["forget_recall"]
     assert f"| forget: recall | {entry['base']:.3g} |" in card
-    assert "other wordings were not asked" in card
+    assert "a little fine-tuning may bring the answers back" in card
     assert "same small generated world" in card
     assert "the embedded text world (forget)" in card
     assert "## Licence and limits" in card

@@ -312,6 +312,7 @@ CASES = [
     Case(
         objective=OSPO,
         make=lambda cls: cls(copo_weight=0.5, copo_beta=3.0, copo_gamma_beta_ratio=0.4),
+        optional=["conditions"],
         batch=unit_batch,
         formula=ospo_formula,
         # All means equal: softplus(2.5) + 2 nll (2 nats) + 1/2 softplus(1.2).
@@ -330,8 +331,8 @@ CASES = [
             the_conditional_term_defaults_to_the_main_settings,
         ],
         mutations=[
-            ("m[pairs.w] - m[pairs.l] - ratio", "m[pairs.w] - m[pairs.l] + ratio"),
-            ("m[pairs.w] - m[pairs.l] - ratio", "m[pairs.w] + m[pairs.l] - ratio"),
+            ("z - beta * ratio", "z + beta * ratio"),
+            ("beta * (m[pairs.w] - m[pairs.l])", "beta * (m[pairs.w] + m[pairs.l])"),
             ("self.sft_weight * pairs.weight * sft", "pairs.weight * sft"),
             ("self.copo_weight * beside", "-self.copo_weight * beside"),
             ("self.copo_beta or self.beta", "self.beta"),

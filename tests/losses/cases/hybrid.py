@@ -354,7 +354,7 @@ CASES = [
         start=Start(LOG2, [-0.05, 0.05], start()),
         identities=[equals_dpo(lambda cls: cls(beta=0.1, dpop_lambda=0.0)), no_penalty_above_the_reference],
         mutations=[
-            ("z - penalty", "z + penalty"),
+            ("pairs.margin - penalty", "pairs.margin + penalty"),
             ("relu(-reward[pairs.w])", "relu(reward[pairs.w])"),
             ("pairs.weight * loss", "loss"),
         ],

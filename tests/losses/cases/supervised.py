@@ -70,7 +70,8 @@ def unlikelihood_formula(batch, frozen):
 def poft_formula(batch, frozen):
     items = batch[1].items
     s, length = sums(batch)
-    return items.weight * softplus(-(1.5 * (s / length - items.target) + 0.2))
+    every = items.weight * softplus(-(1.5 * (s / length - items.target) + 0.2))
+    return every[items.label == 1]
 
 
 def rwr_formula(batch, frozen):
@@ -268,6 +269,7 @@ CASES = [
             ("self.beta * gap + self.gamma", "-self.beta * gap + self.gamma"),
             ("items.weight * -logsigmoid", "-logsigmoid"),
             ("[items.index] - external", "[items.index] + external"),
+            ("items.label > 0.5", "items.label >= 0.0"),
         ],
     ),
     Case(

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from loss_cases import Case, Start, at_start, row_scores
 
-from diffalign.losses import Groups, Items, Kind, Layout, Lists
-from diffalign.losses.supervised import MML, RAFT, RFT, SFT, FDivergenceSFT, UniformMLE, variational_terms
+from diffalign.losses import Groups, Items, Kind, Layout, Lists, Scores
+from diffalign.losses.supervised import MML, RAFT, RFT, SFT, FDivergenceSFT, UniformMLE
 
 ALL = (Kind.TOKEN, Kind.STEP, Kind.BOUND)
 DOUBLE = torch.float64
@@ -152,8 +152,10 @@ def the_bound_is_tight_at_the_true_ratio(divergence):
         g = torch.Generator().manual_seed(7)
         p, q = (torch.rand(5, generator=g, dtype=DOUBLE).softmax(0) for _ in range(2))
         rho = (p / q).log().requires_grad_()
-        term, conjugate = variational_terms(rho, divergence)
-        loss = -(p * term).sum() + (q * conjugate).sum()
+        # Five data and five samples of the reference, weighed by their probabilities.
+        scores = Scores.tokens(rho.repeat(2) - 3, torch.full((10,), -3.0, dtype=DOUBLE))
+        items = Items(index=torch.arange(10), label=torch.tensor([1.0] * 5 + [0.0] * 5), weight=5 * torch.cat([p, q]))
+        loss = cls(divergence=divergence)(scores, items).loss
         u = p / q
         f = {"kl": u * u.log(), "pearson_chi2": (u - 1) ** 2, "squared_hellinger": (u**0.5 - 1) ** 2}[divergence]
         torch.testing.assert_close(loss, -(q * f).sum())

@@ -122,6 +122,7 @@ CASES = [
         name="aot_unpaired over all processes",
         objective=AOTUnpaired,
         make=make_global,
+        optional=["samples"],
         batch=distributed,
         formula=global_formula,
         start="the same as of one process; see aot_unpaired",

@@ -433,7 +433,7 @@ CASES = [
         identities=[idk_is_dpo, idk_refuses_items_to_forget],
         mutations=[
             ("rho[pairs.w] - rho[pairs.l]", "rho[pairs.l] - rho[pairs.w]"),
-            ("-2 / beta * logsigmoid(z)", "-1 / beta * logsigmoid(z)"),
+            ("-2 / beta * logsigmoid(z - pairs.margin)", "-1 / beta * logsigmoid(z - pairs.margin)"),
             ("pairs=len(pairs)", "pairs=0"),
             ("lost * pairs.weight", "lost"),
             ("(self.alpha * retain.share)", "(-self.alpha * retain.share)"),

@@ -178,6 +178,12 @@ def hard_pairs_weigh_more(cls):
     torch.testing.assert_close(cls().weight(torch.zeros(1)), torch.ones(1))
 
 
+def equal_rewards_are_dpo(cls):
+    scores, layout, _ = pairs_batch(3)
+    even = replace(layout, pairs=replace(layout.pairs, reward_l=layout.pairs.reward_w))
+    torch.testing.assert_close(cls(beta=0.1)(scores, even).per_item, losses.DPO(beta=0.1)(scores, even).per_item)
+
+
 # -- beta of the batch -----------------------------------------------------------------------------------------------
 
 BETA_STATS = {
@@ -442,7 +448,7 @@ CASES = [
         start=Start(
             math.log(2), [-0.05, 0.05], start_batch(reward_w=torch.tensor([0.7]), reward_l=torch.tensor([0.5]))
         ),
-        identities=[hard_pairs_weigh_more],
+        identities=[hard_pairs_weigh_more, equal_rewards_are_dpo],
         mutations=[
             ("-(h - self.center)", "(h - self.center)"),
             ("(2 * (-(h", "((-(h"),
