@@ -238,7 +238,7 @@ def test_a_non_finite_loss_stops_with_the_samples_and_keeps_the_last_checkpoint(
     def poisoned(self, scores, layout, stats=None):
         out = original(self, scores, layout, stats)
         calls.append(layout)
-        if len(calls) == 3:
+        if len(calls) == 4:  # the first call is the rehearsal before anything loads
             out.per_item.data[1] = float("nan")
         return out
 

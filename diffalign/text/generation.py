@@ -131,8 +131,8 @@ def check_prompts(network: Any, prompts: Sequence[Sequence[int]], config: Genera
     many = sum(length + config.max_new_tokens > context for length in lengths)
     raise DataError(
         f"prompt {longest} has {lengths[longest]} tokens, and generation.max_new_tokens is {config.max_new_tokens}; "
-        f"together at most {context} fit the model's context ({many} of {len(lengths)} prompts do not). Lower one of "
-        "them, or text.max_prompt_length"
+        f"together at most {context} fit the model's context ({many} of {len(lengths)} prompts do not). Lower one of them, "
+        "or text.max_prompt_length"
     )
 
 
