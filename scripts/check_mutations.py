@@ -156,8 +156,8 @@ MUTATIONS = (
     Mutation(
         "accumulated gradients not averaged",
         "diffalign/trainer.py",
-        "out.loss / accumulation)",
-        "out.loss)",
+        "out.loss * share / accumulation)",
+        "out.loss * share)",
         "tests/test_trainer.py -k accumulation",
     ),
     Mutation(
