@@ -279,7 +279,8 @@ class ReferenceConfig:
             "momentum": the synced copy, extrapolated from the one before by `momentum` (accelerated preference
             optimisation).
         every: optimiser steps between synchronisations.
-        rate: share of the policy that goes into the copy.
+        rate: share of the policy that goes into the copy, factor by factor as in the moving average of an adapter: below 1
+            that is near to, and not quite, the average of the two models.
         base_share: of "mixture", in [0, 1].
         momentum: of "momentum", >= 0; the published value is UNVERIFIED (about 0.3).
     """

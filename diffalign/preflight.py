@@ -193,6 +193,8 @@ def check_text(config: RunConfig) -> None:
     Raises:
         ConfigError: the first problem found.
     """
+    from diffalign.text.generation import check_generation
+
     text, generation, rollout = config.text, config.generation, config.rollout
     if config.data.format != "text":
         raise ConfigError(f"data.format: got {config.data.format!r}; family {config.model.family!r} reads 'text'")
@@ -209,11 +211,7 @@ def check_text(config: RunConfig) -> None:
         raise ConfigError(
             f"text.max_prompt_length: got {text.max_prompt_length}; expected 1 to {text.max_length - 1} (max_length - 1)"
         )
-    if generation.max_new_tokens < 1 or generation.batch_size < 1 or generation.temperature < 0:
-        raise ConfigError(
-            f"generation: got max_new_tokens {generation.max_new_tokens}, batch_size {generation.batch_size}, temperature "
-            f"{generation.temperature}; expected at least 1, 1 and 0"
-        )
+    check_generation(generation)
     _check_rollout(config, rollout, generation)
     if config.evaluation.at_end and config.evaluation.prompts and not config.evaluation.rewards:
         raise ConfigError("evaluation.rewards: empty, and evaluation.prompts are set; name at least one text reward")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffalign.adapters import adapters_off
 from diffalign.config import ReferenceConfig
+from diffalign.losses.references import blend, sync_due
 
 Snapshot = list[Tensor]
 
@@ -66,12 +67,11 @@ class Reference:
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Follow the policy, where the scheme says so at this step."""
-        if self.copy is None or step % self.config.every:
+        if self.copy is None or not sync_due(step, self.config.every):
             return
         if self.before is not None:
             self.before = [value.clone() for value in self.copy]
-        for value, param in zip(self.copy, self.params, strict=True):
-            value.lerp_(param, self.config.rate)
+        blend(self.copy, self.params, self.config.rate)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores: nothing for a frozen reference."""

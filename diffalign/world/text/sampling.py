@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from diffalign.text.generation import left_padded
 from diffalign.world.text.lm import MAX_NEW_TOKENS, plain_prompt
 
 Model: TypeAlias = Any  # transformers.PreTrainedModel or peft.PeftModel
@@ -84,7 +85,7 @@ def _write(
     temperature: float,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    ids, mask = _left_padded(prompts, tokenizer.pad_token_id, model.device)
+    ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     rows: list[list[int]] = [[] for _ in prompts]
     alive, cache = list(range(len(prompts))), None
@@ -106,13 +107,6 @@ def _write(
         ids, mask = token_R[kept, None], torch.cat([mask[kept], mask.new_ones(len(kept), 1)], 1)
         positions = positions[kept, -1:] + 1
     return rows
-
-
-def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 # ---------------------------------------------------------------- given answers
@@ -162,7 +156,7 @@ def answer_logprobs(
     for start in range(0, len(heads), batch_size):
         part = slice(start, start + batch_size)
         rows = [head + tail for head, tail in zip(heads[part], tails[part], strict=True)]
-        ids, mask = _left_padded(rows, tokenizer.pad_token_id, model.device)
+        ids, mask = left_padded(rows, tokenizer.pad_token_id, model.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits_NLV = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].float()
         logp_NL = logits_NLV.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
