@@ -65,6 +65,10 @@ _WHY: Mapping[Cap, Mapping[Kind, str]] = {
         Kind.TOKEN: "it is a function of a denoising error",
         Kind.STEP: "it is a function of a denoising error",
     },
+    Cap.RESIDUAL: {
+        Kind.TOKEN: "it works on the prediction of a denoising network, element by element",
+        Kind.STEP: "it works on the prediction of a denoising network, element by element",
+    },
 }
 
 
@@ -81,6 +85,8 @@ class Needs:
         prompt: reads `Scores.prompt_imitation`.
         extra: names in `Scores.extra`.
         stats: names of what an estimator supplies.
+        log_snr: reads `Scores.log_snr`.
+        patch_weight: reads `Scores.patch_weight`.
     """
 
     layout: tuple[str, ...] = ("pairs",)
@@ -92,6 +98,8 @@ class Needs:
     extra: tuple[str, ...] = ()
     stats: tuple[str, ...] = ()
     or_layout: tuple[str, ...] = ()
+    log_snr: bool = False
+    patch_weight: bool = False
 
 
 def needs(*layout: str, caps: tuple[Cap, ...] = (Cap.DIFFERENCE,), **more: Any) -> Needs:
@@ -158,6 +166,12 @@ class Objective(ABC):
         instead: what to use where it is refused.
         default_beta: beta per kind of score, for objectives with a `beta` field that may be left out.
         aliases: other names of fields that a config may use.
+        noise: whether the two images of a pair are scored at one (t, noise), "shared", or each at its own, "independent".
+        noising: how x_t is made of x_0 unless a config says otherwise: "forward" adds noise; "ddim_inversion" and
+            "renoise_inversion" run a sampler backwards, and the target is the noise that the result implies.
+        source: where the rows come from. "data": stored images. "generated": the rejected image is sampled by the reference.
+            "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
+            prediction. "trajectories": stored transitions of sampled images, one row each.
     """
 
     name: ClassVar[str]
@@ -171,6 +185,9 @@ class Objective(ABC):
     instead: ClassVar[str] = ""
     default_beta: ClassVar[Mapping[Kind, float]] = {}
     aliases: ClassVar[Mapping[str, str]] = {}
+    noise: ClassVar[Literal["shared", "independent"]] = "shared"
+    noising: ClassVar[Literal["forward", "ddim_inversion", "renoise_inversion"]] = "forward"
+    source: ClassVar[Literal["data", "generated", "on_policy", "trajectories"]] = "data"
 
     def check(self, kind: Kind) -> None:
         """Refuse a kind of score on which this objective, with these settings, means nothing.

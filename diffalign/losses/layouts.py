@@ -37,6 +37,7 @@ class Pairs:
         margin: subtracted from z, scalar or (P,): in units of beta times log-ratios.
         uid: a stable number per pair, int64 (P,), for estimators that remember pairs.
         reward_w, reward_l: rewards of chosen and rejected, (P, K), for methods that read them.
+        aspect: which preference a pair is about, int64 (P,), for methods that balance several: 0 text, 1 condition, ...
     """
 
     w: Tensor
@@ -47,9 +48,10 @@ class Pairs:
     uid: Tensor | None = None
     reward_w: Tensor | None = None
     reward_l: Tensor | None = None
+    aspect: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check(self, self.w.shape, ("w", "l", "p", "weight", "margin", "uid"))
+        _check(self, self.w.shape, ("w", "l", "p", "weight", "margin", "uid", "aspect"))
         for name in ("reward_w", "reward_l"):
             value = getattr(self, name)
             if value is not None:

@@ -44,18 +44,24 @@ class Cap(str, Enum):
     VOCABULARY = "a distribution over a vocabulary"
     IMITATION = "an imitation loss per row"
     ERROR = "a denoising error per row"
+    RESIDUAL = "prediction errors element by element"
 
 
 CAPABILITIES: Mapping[Kind, frozenset[Cap]] = {
-    Kind.TOKEN: frozenset(Cap) - {Cap.ERROR},
+    Kind.TOKEN: frozenset(Cap) - {Cap.ERROR, Cap.RESIDUAL},
     Kind.STEP: frozenset({Cap.DIFFERENCE, Cap.ABSOLUTE, Cap.RATIO, Cap.UNITS, Cap.IMITATION}),
-    Kind.BOUND: frozenset({Cap.DIFFERENCE, Cap.UNITS, Cap.IMITATION, Cap.ERROR}),
+    Kind.BOUND: frozenset({Cap.DIFFERENCE, Cap.UNITS, Cap.IMITATION, Cap.ERROR, Cap.RESIDUAL}),
 }
 
 
 def lift(x: Tensor) -> Tensor:
     """float32 at least: half precision is lifted, float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def mean_square(residual: Tensor) -> Tensor:
+    """The denoising error of residuals (N, *latent): the mean of their square over all axes but the first, (N,)."""
+    return lift(residual).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +133,13 @@ class Scores:
         imitation: loss of imitating the row, summed over its units, (N,): -log p for tokens, the error for denoising.
         prompt_imitation, prompt_length: the same of the prompt's tokens, for objectives that train on both.
         error: the denoising error itself, (N,), BOUND only.
+        residual: the policy's prediction minus its target, element by element, (N, *latent), gradient flows, BOUND only;
+            `error` is the mean of its square. Supplied where `Cap.RESIDUAL` is among the objective's needs.
+        ref_residual: the same of the reference at the same (t, noise), no gradient; residual - ref_residual is the
+            difference of the two predictions.
+        log_snr: log(alpha^2 / sigma^2) of the noise level of every row, (N,), BOUND only; with alpha = 1 - t and sigma = t
+            (flow matching) 1 - t is sigmoid(log_snr / 2). Infinite at the ends of the schedule.
+        patch_weight: >= 0, weights of the locations of a latent, (N, h, w), BOUND only.
         extra: further rows' worth of numbers a named objective asks for (its docstring says which), each (N,).
         totals: counts over the optimiser step; None takes this batch for the whole.
     """
@@ -142,23 +155,52 @@ class Scores:
     prompt_imitation: Tensor | None = None
     prompt_length: Tensor | None = None
     error: Tensor | None = None
+    residual: Tensor | None = None
+    ref_residual: Tensor | None = None
+    log_snr: Tensor | None = None
+    patch_weight: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     totals: Totals | None = None
 
     def __post_init__(self) -> None:
         if self.theta.ndim != 1:
             raise ValueError(f"scores.theta has shape {tuple(self.theta.shape)}; expected one score per row, (N,)")
-        for name in ("theta", "ref", "old", "length", "imitation", "prompt_imitation", "prompt_length", "error"):
+        rows = ("theta", "ref", "old", "length", "imitation", "prompt_imitation", "prompt_length", "error", "log_snr")
+        for name in rows:
             value = getattr(self, name)
             if value is None:
                 continue
             if value.shape != self.theta.shape:
                 raise ValueError(f"scores.{name} has shape {tuple(value.shape)}; expected {tuple(self.theta.shape)}")
             object.__setattr__(self, name, lift(value))
-        for name in ("ref", "old"):
+        self._check_latents()
+        for name in ("ref", "old", "ref_residual"):
             value = getattr(self, name)
             if value is not None and value.requires_grad:
                 raise ValueError(f"scores.{name} carries gradient; compute it under torch.no_grad()")
+
+    def _check_latents(self) -> None:
+        """What only denoising scores have, and shapes of what is given per element or location of a latent."""
+        given = [
+            name for name in ("residual", "ref_residual", "log_snr", "patch_weight") if getattr(self, name) is not None
+        ]
+        if given and self.kind is not Kind.BOUND:
+            raise ValueError(f"scores.{given[0]} belongs to denoising scores; these are {self.kind.value} scores")
+        for name in ("residual", "ref_residual", "patch_weight"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            like = None if name == "residual" or self.residual is None else self.residual
+            if name == "patch_weight":
+                fits = value.ndim == 3 and (like is None or value.shape[1:] == like.shape[-2:])
+            else:
+                fits = value.ndim > 1 and (like is None or value.shape == like.shape)
+            if not fits or len(value) != len(self.theta):
+                want = "(N, h, w) as the latents" if name == "patch_weight" else "(N, *latent)"
+                raise ValueError(
+                    f"scores.{name} has shape {tuple(value.shape)}; expected {want}, N = {len(self.theta)}"
+                )
+            object.__setattr__(self, name, lift(value))
 
     def __len__(self) -> int:
         return len(self.theta)
@@ -210,6 +252,19 @@ class Scores:
         ref = None if reference_error is None else -0.5 * lift(reference_error)
         more.setdefault("imitation", error)
         return cls(kind=Kind.BOUND, theta=-0.5 * error, ref=ref, error=error, **more)
+
+    @classmethod
+    def residuals(cls, residual: Tensor, reference_residual: Tensor | None = None, **more: Any) -> Scores:
+        """Scores of denoising errors that are known element by element; the error is the mean of their square.
+
+        Args:
+            residual: the policy's prediction minus its target, (N, *latent), gradient flows.
+            reference_residual: of the reference at the same (t, noise).
+            more: further fields.
+        """
+        error = mean_square(residual)
+        reference_error = None if reference_residual is None else mean_square(reference_residual)
+        return cls.denoising(error, reference_error, residual=residual, ref_residual=reference_residual, **more)
 
     @classmethod
     def steps(
@@ -271,6 +326,56 @@ class Scores:
                 f"this objective reads the vocabulary statistic {name!r}; scores.vocabulary has not got it"
             )
         return lift(self.vocabulary[name])
+
+    def need_error(self) -> Tensor:
+        """The denoising error per row, (N,).
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.error is None:
+            raise ValueError("this objective is a function of denoising errors; scores.error is missing")
+        return self.error
+
+    def need_residual(self) -> Tensor:
+        """The policy's prediction minus its target, (N, *latent).
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.residual is None:
+            raise ValueError("this objective works on prediction errors per element; scores.residual is missing")
+        return self.residual
+
+    def need_ref_residual(self) -> Tensor:
+        """The reference's prediction minus its target, (N, *latent).
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.ref_residual is None:
+            raise ValueError("this objective compares predictions with a reference's; scores.ref_residual is missing")
+        return self.ref_residual
+
+    def need_log_snr(self) -> Tensor:
+        """The log of the signal-to-noise ratio of every row, (N,).
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.log_snr is None:
+            raise ValueError("this objective reads the noise level of every row; scores.log_snr is missing")
+        return self.log_snr
+
+    def need_patch_weight(self) -> Tensor:
+        """Weights of the locations of a latent, (N, h, w).
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.patch_weight is None:
+            raise ValueError("this objective weighs the locations of a latent; scores.patch_weight is missing")
+        return self.patch_weight
 
     def need_extra(self, name: str) -> Tensor:
         """Numbers a named objective asks for, float32 at least.
