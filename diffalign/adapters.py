@@ -267,7 +267,14 @@ def _inject(network: nn.Module, settings: peft.LoraConfig, paths: Sequence[str],
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
-        network.add_adapter(settings, adapter_name=name)
+        if isinstance(network, PreTrainedModel):
+            # What transformers' `add_adapter` does, without its check: 5.24 asks for a peft that is not released yet.
+            peft.inject_adapter_in_model(settings, network, name)
+            network._hf_peft_config_loaded = True
+            for layer in lora_layers(network).values():
+                layer.set_adapter([name] if name in layer.lora_A else [])
+        else:
+            network.add_adapter(settings, adapter_name=name)
     attached = list(lora_layers(network, name))
     if sorted(attached) != sorted(paths):
         raise ConfigError(f"adapter {name!r}: {len(attached)} layers attached where {len(paths)} were meant")

@@ -40,6 +40,8 @@ class ModelConfig:
             the published architecture shipped with the package.
         random_weights: build `pretrained` as an architecture with random weights (tests, benchmarks, `plan`).
         prediction_type: override the scheduler's ("epsilon" or "v_prediction"), for checkpoints that do not say.
+        flow_shift: override the scheduler's shift of a flow model (SD3: 3): larger is more noise, for training and sampling.
+        max_sequence_length: tokens of the T5 or language-model text encoder; null: the stock pipeline's default.
         load_in_4bit: load the frozen weights of a language model in 4 bits (NF4; needs bitsandbytes and a GPU).
     """
 
@@ -51,6 +53,8 @@ class ModelConfig:
     config: str | None = None
     random_weights: bool = False
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    flow_shift: float | None = None
+    max_sequence_length: int | None = None
     load_in_4bit: bool = False
 
 
@@ -239,20 +243,26 @@ class DenoisingConfig:
     """How images become scores: where the denoising error is measured.
 
     Attributes:
-        timestep_min, timestep_max: inclusive bounds of the uniform timestep draw; null means the last step.
+        timestep_min, timestep_max: inclusive bounds of the timestep draw; null means the last step.
+        timestep_sampling: "uniform" over the timesteps, or "logit_normal": t = T sigmoid(logit_mean + logit_std n); null: as
+            the family's models were trained (UNets uniform, flow models logit-normal).
+        logit_mean, logit_std: of "logit_normal"; a larger mean draws noisier timesteps.
         proportion_empty_prompts: share of the samples whose prompt is replaced by the empty one (keeps classifier-free
             guidance trained); drawn once per sample and visit. The empty prompt is encoded, as in the published code;
             SDXL 1.0 itself samples with zeros instead.
         error_reduction: over the latent: "mean" as published, or "sum" (then beta must be smaller by the latent's size).
         error_space: where errors are measured: "native" (what the network predicts, as published), "epsilon",
-            "v_prediction" or "sample".
+            "v_prediction", "sample" or "flow_prediction".
     """
 
     timestep_min: int = 0
     timestep_max: int | None = None
+    timestep_sampling: Literal["uniform", "logit_normal"] | None = None
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
     proportion_empty_prompts: float = 0.0
     error_reduction: Literal["mean", "sum"] = "mean"
-    error_space: Literal["native", "epsilon", "v_prediction", "sample"] = "native"
+    error_space: Literal["native", "epsilon", "v_prediction", "sample", "flow_prediction"] = "native"
 
     def __post_init__(self) -> None:
         if not 0 <= self.proportion_empty_prompts < 1:
@@ -261,6 +271,8 @@ class DenoisingConfig:
             raise ValueError(
                 f"timestep_min {self.timestep_min} and timestep_max {self.timestep_max} leave no timestep to draw"
             )
+        if self.logit_std <= 0:
+            raise ValueError(f"logit_std is {self.logit_std}; expected a positive number")
 
     def timestep_range(self, num_timesteps: int) -> tuple[int, int]:
         """First and last timestep that are drawn, inclusive."""

@@ -55,13 +55,16 @@ class Policy:
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The policy's native prediction, with gradient."""
         with self.autocast():
-            return self.family.predict(self.network, x_t.to(self.family.dtype), t, conditioning)
+            return self._call(self.network, x_t, t, conditioning)
 
     @torch.no_grad()
     def predict_reference(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The reference's native prediction."""
         with adapters_off(self.bare), self.autocast():
-            return self.family.predict(self.bare, x_t.to(self.family.dtype), t, conditioning)
+            return self._call(self.bare, x_t, t, conditioning)
+
+    def _call(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.family.predict(network, x_t.to(self.family.dtype), self.family.schedule.time(t), conditioning)
 
     def errors(
         self,
@@ -103,7 +106,7 @@ class Policy:
             reference_error = torch.zeros((), device=x_t.device)
             for weight, weights in self.reference.parts():
                 with torch.no_grad(), self.reference.active(weights), self.autocast():
-                    output = self.family.predict(self.bare, x_t.to(self.family.dtype), t, conditioning)
+                    output = self._call(self.bare, x_t, t, conditioning)
                 reference_error = reference_error + weight * error(output)
         return error(self.predict(x_t, t, conditioning)), reference_error
 

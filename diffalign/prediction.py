@@ -1,8 +1,9 @@
 """What a network predicts, and the conversions between the ways of saying it.
 
-Time runs as in diffusers: noise grows with t, and x_t = alpha x0 + sigma noise. For the variance-preserving models here
-alpha = sqrt(alphas_cumprod[t]) and sigma = sqrt(1 - alphas_cumprod[t]). Prediction types carry diffusers' names:
-"epsilon" (the noise), "v_prediction" (alpha noise - sigma x0) and "sample" (x0).
+Time runs as in diffusers: noise grows with t, and x_t = alpha x0 + sigma noise. Variance-preserving models have
+alpha = sqrt(alphas_cumprod[t]) and sigma = sqrt(1 - alphas_cumprod[t]); flow models alpha = 1 - sigma. Prediction types
+carry diffusers' names: "epsilon" (the noise), "v_prediction" (alpha noise - sigma x0), "sample" (x0) and
+"flow_prediction" (noise - x0). All conversions hold for any alpha and sigma.
 
 Legend: B batch; alpha and sigma have shape (B,), tensors (B, ...) of any rank.
 """
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 
 def append_dims(value: Float[Tensor, " b"], like: Tensor) -> Tensor:
@@ -46,7 +47,9 @@ def target(
         return append_dims(alpha, x0) * noise - append_dims(sigma, x0) * x0
     if prediction_type == "sample":
         return x0
-    raise ValueError(f"prediction type {prediction_type!r}; expected epsilon, v_prediction or sample")
+    if prediction_type == "flow_prediction":
+        return noise - x0
+    raise ValueError(f"prediction type {prediction_type!r}; expected epsilon, v_prediction, sample or flow_prediction")
 
 
 def convert(
@@ -66,13 +69,18 @@ def convert(
         return output
     a, s = append_dims(alpha, x_t), append_dims(sigma, x_t)
     if source == "v_prediction":
-        noise, x0 = a * output + s * x_t, a * x_t - s * output
+        length = a.square() + s.square()
+        noise, x0 = (a * output + s * x_t) / length, (a * x_t - s * output) / length
+    elif source == "flow_prediction":
+        noise, x0 = (x_t + a * output) / (a + s), (x_t - s * output) / (a + s)
     elif source == "epsilon":
         noise, x0 = output, (x_t - s * output) / a
     else:
         noise, x0 = (x_t - a * output) / s, output
     if wanted == "epsilon":
         return noise
+    if wanted == "flow_prediction":
+        return noise - x0
     return x0 if wanted == "sample" else a * noise - s * x0
 
 
@@ -81,15 +89,17 @@ def error_factor(
 ) -> Float[Tensor, " b"]:
     """What turns a squared error in one space into the squared error of the same prediction in another, per item.
 
-    From err_eps = alpha err_v and err_x0 = -sigma err_v (variance-preserving). A weight that is constant in one space is
-    a timestep weight in another.
+    The error of one prediction, for noisy latents that are given, is in all spaces the same vector times a number:
+    x0 : epsilon : v : flow = sigma : -alpha : -(alpha^2 + sigma^2) : -(alpha + sigma). A weight that is constant in one
+    space is a timestep weight in another: uniform epsilon weights are (1 - t)^2 on a flow model's errors.
     """
-    to_v = {
-        "v_prediction": torch.ones_like(alpha),
-        "epsilon": alpha.square(),
+    lengths = {
         "sample": sigma.square(),
+        "epsilon": alpha.square(),
+        "v_prediction": (alpha.square() + sigma.square()).square(),
+        "flow_prediction": (alpha + sigma).square(),
     }
-    return to_v[wanted] / to_v[source]
+    return torch.ones_like(alpha) if source == wanted else lengths[wanted] / lengths[source]
 
 
 def mean_squared_error(output: Tensor, wanted: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:

@@ -82,7 +82,7 @@ def test_errors_in_another_space_differ_by_the_known_factor(fresh):
     policy.denoising = DenoisingConfig(error_space="epsilon")
     epsilon, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
     assert fresh.schedule.prediction_type == "v_prediction"
-    torch.testing.assert_close(epsilon, native * fresh.schedule.alphas_cumprod[batch.t])
+    torch.testing.assert_close(epsilon, native * fresh.schedule.alphas[batch.t].square())
 
 
 def test_sum_is_the_mean_times_the_number_of_latent_elements(fresh):
@@ -98,7 +98,7 @@ def test_the_error_is_measured_against_the_v_target(fresh):
     batch = random_batch(2)
     policy = Policy(fresh, fresh.network)
     ours, _ = policy.errors(batch.chosen, batch.noise, batch.t, batch.chosen_conditioning)
-    abar = fresh.schedule.alphas_cumprod[batch.t].view(-1, 1, 1, 1)
+    abar = fresh.schedule.alphas[batch.t].square().view(-1, 1, 1, 1)
     x_t = abar.sqrt() * batch.chosen + (1 - abar).sqrt() * batch.noise
     v = abar.sqrt() * batch.noise - (1 - abar).sqrt() * batch.chosen
     with torch.no_grad():

@@ -16,7 +16,7 @@ def schedule(prediction="epsilon", zero_snr=False):
     scheduler = DDPMScheduler(
         prediction_type=prediction, beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_snr
     )
-    return scheduler, Schedule(scheduler.alphas_cumprod, prediction)
+    return scheduler, Schedule.variance_preserving(scheduler.alphas_cumprod, prediction)
 
 
 def tensors(n=4):
@@ -57,7 +57,7 @@ def test_conversions_of_the_true_target_give_the_other_true_target_and_return(so
 
 def test_conversion_agrees_with_the_x0_that_diffusers_predicts():
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True)
-    ours = Schedule(scheduler.alphas_cumprod, "v_prediction")
+    ours = Schedule.variance_preserving(scheduler.alphas_cumprod, "v_prediction")
     scheduler.set_timesteps(10)
     x_t, output = tensors(1)
     t = torch.tensor([501])

@@ -162,7 +162,8 @@ def assert_same_steps(one: Path, other: Path) -> None:
     for x, y in zip(a, b, strict=True):
         for name in ("loss", "grad_norm", "reward", "length", "implicit_acc"):
             assert (name in x) == (name in y)
-            if name in x:
+            # At the first step policy and reference differ by rounding alone, and so does who is ahead.
+            if name in x and not (name == "implicit_acc" and x["step"] == 1):
                 assert x[name] == pytest.approx(y[name], rel=1e-4, abs=1e-6), (x["step"], name)
 
 

@@ -93,19 +93,45 @@ class BatchPlan:
         return taken
 
 
+def draw_timestep(
+    config: DenoisingConfig, generator: torch.Generator, num_timesteps: int, sampling: str = "uniform"
+) -> int:
+    """One timestep within the bounds of the config.
+
+    Args:
+        config: bounds and distribution.
+        generator: seeded by (seed, sample id, visit).
+        num_timesteps: T of the schedule.
+        sampling: the distribution where the config names none.
+    """
+    first, last = config.timestep_range(num_timesteps)
+    if (config.timestep_sampling or sampling) == "uniform":
+        return int(torch.randint(first, last + 1, (), generator=generator))
+    # Drawn again until it is within the bounds: the distribution given that it is.
+    while True:
+        u = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn((), generator=generator))
+        t = min(int(u * num_timesteps), num_timesteps - 1)
+        if first <= t <= last:
+            return t
+
+
 def draw(
-    config: DenoisingConfig, generator: torch.Generator, shape: tuple[int, ...], num_timesteps: int
+    config: DenoisingConfig,
+    generator: torch.Generator,
+    shape: tuple[int, ...],
+    num_timesteps: int,
+    sampling: str = "uniform",
 ) -> tuple[int, Tensor, bool]:
     """One sample's timestep, noise and whether its prompt is dropped.
 
     Args:
-        config: range of the timesteps and share of dropped prompts.
+        config: distribution of the timesteps and share of dropped prompts.
         generator: seeded by (seed, sample id, visit).
         shape: of the latents.
         num_timesteps: T of the schedule.
+        sampling: the distribution of timesteps where the config names none.
     """
-    first, last = config.timestep_range(num_timesteps)
-    t = int(torch.randint(first, last + 1, (), generator=generator))
+    t = draw_timestep(config, generator, num_timesteps, sampling)
     noise = torch.randn(shape, generator=generator)
     dropped = bool(torch.rand((), generator=generator) < config.proportion_empty_prompts)
     return t, noise, dropped
@@ -128,6 +154,7 @@ class PairMicroBatches(Dataset[PairBatch]):
         self.data, self.plan, self.denoising, self.seed = data, plan, denoising, seed
         self.image_conditioning = family.image_conditioning
         self.num_timesteps = family.schedule.num_timesteps
+        self.timestep_sampling = family.timestep_sampling
 
     def __getitem__(self, k: int) -> PairBatch:
         return collate([self.example(index, visit) for index, visit in self.plan.micro_batch(k)])
@@ -136,7 +163,8 @@ class PairMicroBatches(Dataset[PairBatch]):
         """One pair, chosen first, with its timestep and noise for this visit; `keep_prompt` never drops the prompt."""
         pair = self.data.pair(index)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, pair.id, visit))
-        t, noise, dropped = draw(self.denoising, generator, tuple(pair.latents[0].shape), self.num_timesteps)
+        shape = tuple(pair.latents[0].shape)
+        t, noise, dropped = draw(self.denoising, generator, shape, self.num_timesteps, self.timestep_sampling)
         conditioning = [
             self.image_conditioning(size, crop, pair.target_size)
             for size, crop in zip(pair.original_sizes, pair.crops, strict=True)

@@ -79,6 +79,7 @@ class DenoisingFamily(Family):
     modality: ClassVar = "image"
     kind: ClassVar = Kind.BOUND
     resolution_step: ClassVar[int]  # image sides are multiples of this
+    timestep_sampling: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"  # how the model was trained
 
     @property
     @abstractmethod
@@ -122,8 +123,8 @@ class DenoisingFamily(Family):
 
         Args:
             network: `self.network` or a wrapper of it.
-            x_t: noisy latents (B, C, h, w).
-            t: int64 timesteps (B,).
+            x_t: noisy latents (B, C, ..., h, w).
+            t: what the network is told (B,): `schedule.time(...)`, or a stock scheduler's timesteps.
             conditioning: merged text and image conditioning with a batch axis.
         """
 
@@ -145,8 +146,18 @@ class DenoisingFamily(Family):
         """
 
     @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of an image of that size in pixels."""
+    def sample_latents(
+        self,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        noise: Tensor,
+        sampling: SamplingConfig,
+    ) -> Tensor:
+        """As `sample`, but the scaled latents before they are decoded."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(C, ..., h, w) of the latents of an image of that size in pixels."""
 
     @abstractmethod
     def pipeline(self) -> Any:

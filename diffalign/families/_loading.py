@@ -36,6 +36,7 @@ NOISE = {
     # Prompts that are cut off are counted in the data report.
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion": "part of your input was truncated",
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl": "part of your input was truncated",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3": "part of your input was truncated",
     "transformers.tokenization_utils_base": "Token indices sequence length is longer than",
 }
 
@@ -132,39 +133,44 @@ def locate(config: ModelConfig, *, file_ok: bool = True) -> Location:
     )
 
 
-def network_config(config: ModelConfig, location: Location) -> Mapping[str, Any] | None:
-    """The UNet's config as far as it is known without loading weights or asking the hub; None if it is not.
+def network_config(config: ModelConfig, location: Location, part: str = "unet") -> Mapping[str, Any] | None:
+    """The network's config as far as it is known without loading weights or asking the hub; None if it is not.
+
+    Args:
+        config: which model.
+        location: of it.
+        part: the pipeline's name of the network, "unet" or "transformer".
 
     Raises:
-        ConfigError: a folder without a UNet, or a single file of an unknown architecture.
+        ConfigError: a folder without such a network, or a single file of an unknown architecture.
     """
     from diffalign.families import published
 
     if location.kind == "random":
-        return published.component_configs(location.where)["unet"]
+        return published.component_configs(location.where).get(part)
     if location.kind == "hub":
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(location.where, "unet/config.json", revision=config.revision)
-        return _read_unet_config(Path(cached).parent.parent) if isinstance(cached, str) else None
+        cached = try_to_load_from_cache(location.where, f"{part}/config.json", revision=config.revision)
+        return _read_network_config(Path(cached).parent.parent, part) if isinstance(cached, str) else None
     if location.kind == "folder":
-        return _read_unet_config(Path(location.where))
+        return _read_network_config(Path(location.where), part)
     if config.config:
         folder = Path(config.config).expanduser()
         if not folder.is_dir() and HUB_ID.fullmatch(config.config):
             return None
-        return _read_unet_config(folder)
-    return published.component_configs(_architecture_of(location.where))["unet"]
+        return _read_network_config(folder, part)
+    return published.component_configs(_architecture_of(location.where)).get(part)
 
 
-def _read_unet_config(folder: Path) -> Mapping[str, Any]:
-    file = folder / "unet" / "config.json"
+def _read_network_config(folder: Path, part: str) -> Mapping[str, Any]:
+    file = folder / part / "config.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{file} is not readable ({type(error).__name__}); expected a diffusers pipeline with a UNet (SD1.x, "
-            "SD2.x or SDXL)"
+            f"{file} is not readable ({type(error).__name__}); expected a diffusers pipeline with a "
+            f"{'UNet (SD1.x, SD2.x or SDXL)' if part == 'unet' else part} for this model.family"
         ) from error
 
 
@@ -215,8 +221,9 @@ def load_components(
     *,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
+    absent: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Load named components of a stock pipeline and nothing else.
+    """Load named components of a stock pipeline and nothing else; `absent` are those that the model comes without.
 
     Returns:
         The components by name, and the pipeline's own settings under "pipeline_config".
@@ -257,6 +264,19 @@ def _loading(what: str) -> Iterator[None]:
             f"{what} could not be loaded: {first} Check the name, that it is downloaded if you are offline, and your "
             "hub login if it is gated"
         ) from error
+
+
+def absent_parts(
+    pipeline_class: Any, config: ModelConfig, location: Location, optional: Iterable[str]
+) -> frozenset[str]:
+    """Which optional parts a pipeline folder or hub repository comes without.
+
+    Raises:
+        ConfigError: its index cannot be read.
+    """
+    with quiet(), _loading(f"model.pretrained {config.pretrained!r} ({location.kind})"):
+        index = pipeline_class.load_config(location.where, revision=config.revision)
+    return frozenset(name for name in optional if index.get(name, [None, None])[0] is None)
 
 
 def _skipped(pipeline_class: Any, wanted: set[str]) -> dict[str, Any]:
@@ -301,6 +321,7 @@ def _from_file(
 
 
 def _load_vae(pipeline_class: Any, config: ModelConfig, name: str, dtype: torch.dtype) -> Any:
+    import diffusers
     from diffusers import AutoencoderKL
 
     path = Path(name).expanduser()
@@ -310,7 +331,8 @@ def _load_vae(pipeline_class: Any, config: ModelConfig, name: str, dtype: torch.
         with _config_folder(config, architecture) as folder:
             return AutoencoderKL.from_single_file(str(path), config=folder, subfolder="vae", **dtype_argument(dtype))
     where = str(_vae_folder(path)) if path.is_dir() else name
-    return AutoencoderKL.from_pretrained(where, **dtype_argument(dtype))
+    vae_class = getattr(diffusers, str(AutoencoderKL.load_config(where).get("_class_name", "AutoencoderKL")))
+    return vae_class.from_pretrained(where, **dtype_argument(dtype))
 
 
 @contextmanager
@@ -331,7 +353,8 @@ def _architecture_of(file: str) -> str:
     name = published.detect(Path(file))
     if name is None:
         raise ConfigError(
-            f"{file}: not recognised as an SD1.x, SD2.x or SDXL checkpoint; name its configuration in model.config"
+            f"{file}: not recognised as an SD1.x, SD2.x or SDXL checkpoint; name its configuration (a diffusers folder or "
+            "hub id) in model.config"
         )
     return name
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffalign.errors import ConfigError
 from diffalign.families import Conditioning
 from diffalign.families._loading import quiet
-from diffalign.families._unet import UNetFamily
+from diffalign.families._pipeline import UNetFamily
 
 
 class SD(UNetFamily):

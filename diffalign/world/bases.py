@@ -1,15 +1,23 @@
 """The tiny base models: their architecture, and how to build them untrained or load the shipped ones.
 
-A base is an ordinary diffusers pipeline folder. `tiny-sdxl` is shipped with the package; `scripts/build_tiny_sdxl.py`
-trains it again from nothing.
+A base is an ordinary diffusers pipeline folder. `tiny-sdxl` and `tiny-sd3` are shipped with the package;
+`scripts/build_tiny_sdxl.py` and `scripts/build_tiny_sd3.py` train them again from nothing.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -105,9 +113,53 @@ def build_untrained(channels: tuple[int, int] = (40, 80)) -> StableDiffusionXLPi
     )
 
 
-def load_pipeline(name: str = "tiny-sdxl", dtype: torch.dtype = torch.float32) -> StableDiffusionXLPipeline:
+def build_untrained_sd3(width: int = 128, layers: int = 4) -> StableDiffusion3Pipeline:
+    """The tiny SD3 pipeline: codec and text encoders of `tiny-sdxl`, a random MMDiT (global torch seed).
+
+    There is no T5 encoder: prompts are encoded with `max_sequence_length` 0, so that no zero tokens take its place.
+    """
+    donor = load_pipeline("tiny-sdxl")
+    config = CLIPTextConfig.from_dict(donor.text_encoder.config.to_dict() | {"projection_dim": 32})
+    first = CLIPTextModelWithProjection(config)
+    first.load_state_dict(donor.text_encoder.state_dict(), strict=False)
+    with torch.no_grad():
+        # SDXL's first encoder has no projection: SD3's pooled text takes its hidden state as it is.
+        first.text_projection.weight.copy_(torch.eye(32))
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=64,
+        caption_projection_dim=width,
+        pooled_projection_dim=64,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        vae=donor.vae,
+        text_encoder=first,
+        text_encoder_2=donor.text_encoder_2,
+        text_encoder_3=None,
+        tokenizer=donor.tokenizer,
+        tokenizer_2=donor.tokenizer_2,
+        tokenizer_3=None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+    )
+
+
+_PIPELINES: dict[str, Any] = {"tiny-sdxl": StableDiffusionXLPipeline, "tiny-sd3": StableDiffusion3Pipeline}
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "tiny-sdxl": {"add_watermarker": False},
+    "tiny-sd3": {"text_encoder_3": None, "tokenizer_3": None},  # null entries of the index are not enough
+}
+
+
+def load_pipeline(name: str = "tiny-sdxl", dtype: torch.dtype = torch.float32) -> Any:
     """Load a shipped tiny base as a stock diffusers pipeline."""
     with quiet():
-        return StableDiffusionXLPipeline.from_pretrained(
-            base_folder(name), add_watermarker=False, **dtype_argument(dtype)
-        )
+        return _PIPELINES[name].from_pretrained(base_folder(name), **_ARGUMENTS[name], **dtype_argument(dtype))

@@ -7,9 +7,14 @@ from pathlib import Path
 from diffalign.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "models"
-TINY_BASES = ("tiny-sdxl",)
+TINY_BASES = ("tiny-sdxl", "tiny-sd3")
 TINY_LMS = ("tiny-lm",)
-_HEADS = {"model_index.json": "scripts/build_tiny_sdxl.py", "config.json": "scripts/build_tiny_lm.py"}
+TEXT_LENGTHS = {"tiny-sd3": 0}  # tokens of the T5 encoder that a tiny base does not have
+_SCRIPTS = {
+    "tiny-sdxl": "scripts/build_tiny_sdxl.py",
+    "tiny-sd3": "scripts/build_tiny_sd3.py",
+    "tiny-lm": "scripts/build_tiny_lm.py",
+}
 
 
 def base_folder(name: str) -> Path:
@@ -23,6 +28,6 @@ def base_folder(name: str) -> Path:
     if not (folder / head).is_file():
         raise ConfigError(
             f"tiny base {name!r} is not installed at {folder}; shipped: {', '.join(TINY_BASES + TINY_LMS)}; "
-            f"rebuild it with {_HEADS[head]}"
+            f"rebuild it with {_SCRIPTS[name]}"
         )
     return folder
