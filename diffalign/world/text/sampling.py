@@ -9,18 +9,23 @@ Shapes: N questions, K samples per question, R rows still being written, L token
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from diffalign.text.generation import left_padded
 from diffalign.world.text.lm import MAX_NEW_TOKENS, plain_prompt
 
 Model: TypeAlias = Any  # transformers.PreTrainedModel or peft.PeftModel
 Tokenizer: TypeAlias = Any  # transformers.PreTrainedTokenizerBase
+# What the key-value cache is called: transformers 5.24 renamed the argument, and warns of the old name.
+_VERSION = tuple(int(part) for part in importlib.metadata.version("transformers").split(".")[:2])
+CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
 
 
 def prompt_ids(tokenizer: Tokenizer, question: str, *, chat: bool = True) -> list[int]:
@@ -88,10 +93,10 @@ def _write(
     ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     rows: list[list[int]] = [[] for _ in prompts]
-    alive, cache = list(range(len(prompts))), None
+    alive, cache = list(range(len(prompts))), DynamicCache(config=model.config)
     for _ in range(max_new_tokens):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache, logits_RV = out.past_key_values, out.logits[:, -1].float()
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache})
+        logits_RV = out.logits[:, -1].float()
         if noise is not None:  # Gumbel-max: argmax(logits / T + g) is a draw from softmax(logits / T)
             uniform = torch.stack([torch.rand(logits_RV.shape[1], generator=noise[row]) for row in alive])
             logits_RV = logits_RV / temperature - (-uniform.clamp(min=1e-20).log()).log().to(logits_RV.device)
