@@ -127,6 +127,116 @@ def pair_start(length: Sequence[int] = (10, 20), **more: object) -> Callable[[],
     return lambda: (at_start(2, length=length), Layout(pairs=Pairs.halves(1, **more)), {})
 
 
+# Denoising scores. Errors are near those of real networks; betas of cases are small, so that losses are not saturated.
+
+
+def error_scores(n: int, seed: int = 0, *, ref: bool = True, spread: float = 0.1, **more: object) -> Scores:
+    """Random denoising errors per row, float64; theta (minus one half of them) requires gradient."""
+    g = torch.Generator().manual_seed(seed)
+    error = 0.1 + 0.4 * torch.rand(n, generator=g, dtype=torch.float64)
+    noise = spread * torch.randn(n, generator=g, dtype=torch.float64)
+    theta = (-error / 2).requires_grad_()
+    reference = -(error + noise).clamp(min=0.01) / 2 if ref else None
+    return Scores(kind=Kind.BOUND, theta=theta, ref=reference, error=-2 * theta, imitation=-2 * theta, **more)
+
+
+def residual_scores(
+    n: int, seed: int = 0, *, ref: bool = True, shape: Sequence[int] = (2, 1, 2), spread: float = 0.3, **more: object
+) -> Scores:
+    """Random residuals per row, float64, which require gradient; errors are the means of their squares."""
+    g = torch.Generator().manual_seed(seed)
+    residual = 0.6 * torch.randn(n, *shape, generator=g, dtype=torch.float64)
+    reference = residual + spread * torch.randn(n, *shape, generator=g, dtype=torch.float64)
+    return Scores.residuals(residual.requires_grad_(), reference if ref else None, **more)
+
+
+def step_scores(n: int, seed: int = 0, *, spread: float = 0.15) -> Scores:
+    """Random mean log-densities of transitions, one per row, float64; theta requires gradient."""
+    g = torch.Generator().manual_seed(seed)
+    theta = torch.randn(n, generator=g, dtype=torch.float64)
+    return Scores.steps(
+        theta.clone().requires_grad_(), theta + spread * torch.randn(n, generator=g, dtype=torch.float64)
+    )
+
+
+def image_pairs(scores: Scores, seed: int, *, soft: bool = True, **more: object) -> Batch:
+    """4 pairs over 8 rows in a random order; with `soft`, soft labels, weights and margins per pair."""
+    g = torch.Generator().manual_seed(seed + 100)
+    order = torch.randperm(8, generator=g)
+    rand = lambda: torch.rand(4, generator=g, dtype=torch.float64)  # noqa: E731
+    labels: dict[str, object] = (
+        {"p": 0.6 + 0.4 * rand(), "weight": 0.5 + rand(), "margin": 0.1 * rand()} if soft else {}
+    )
+    return scores, Layout(pairs=Pairs(w=order[:4], l=order[4:], **(labels | more))), {}
+
+
+def image_start(**more: object) -> Callable[[], Batch]:
+    """One pair of denoising errors at policy == reference."""
+
+    def batch() -> Batch:
+        theta = torch.full((2,), -0.15, dtype=torch.float64, requires_grad=True)
+        scores = Scores(
+            kind=Kind.BOUND, theta=theta, ref=theta.detach().clone(), error=-2 * theta, imitation=-2 * theta
+        )
+        return scores, Layout(pairs=Pairs.halves(1, **more)), {}
+
+    return batch
+
+
+def swapped_images_cost_the_margin_more(make: Callable[[type[Objective]], Objective]) -> Callable:
+    """L(z) - L(-z) = -z of a logistic link, with clean labels."""
+
+    def identity(cls: type[Objective]) -> None:
+        scores, layout, stats = image_pairs(error_scores(8, 3), 3, soft=False)
+        pairs, loss = layout.pairs, make(cls)
+        one, other = loss(scores, pairs, stats), loss(scores, Pairs(w=pairs.l, l=pairs.w), stats)
+        torch.testing.assert_close(other.per_item - one.per_item, one.metrics["rewards/margins"])
+
+    return identity
+
+
+def constants_in_errors_cancel(make: Callable[[type[Objective]], Objective]) -> Callable:
+    """The same number added to all four errors changes nothing."""
+
+    def identity(cls: type[Objective]) -> None:
+        scores, layout, stats = image_pairs(error_scores(8, 4), 4)
+        moved = Scores.denoising(scores.error + 0.3, -2 * scores.ref + 0.3)
+        torch.testing.assert_close(make(cls)(moved, layout, stats).per_item, make(cls)(scores, layout, stats).per_item)
+
+    return identity
+
+
+def equal_images_teach_nothing(
+    make: Callable[[type[Objective]], Objective], value: float = 0.6931471805599453
+) -> Callable:
+    """Winner and loser with one latent, timestep and noise: the initial loss, and no gradient that training feels."""
+
+    def identity(cls: type[Objective]) -> None:
+        shared = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+        scores = Scores.denoising(shared.expand(2), torch.tensor([0.25, 0.25], dtype=torch.float64))
+        out = make(cls)(scores, Pairs.halves(1))
+        torch.testing.assert_close(out.loss.item(), value)
+        (grad,) = torch.autograd.grad(out.loss, shared)
+        torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-12)
+
+    return identity
+
+
+def better_denoising_of_winners_costs_less(make: Callable[[type[Objective]], Objective]) -> Callable:
+    """Lowering the winner's error, or raising the loser's, lowers the loss."""
+
+    def identity(cls: type[Objective]) -> None:
+        scores, layout, stats = image_pairs(error_scores(8, 6), 6, soft=False)
+        loss, e, ref = make(cls), scores.error.detach(), -2 * scores.ref
+        before = loss(Scores.denoising(e, ref), layout, stats).per_item
+        for rows, step in ((layout.pairs.w, -0.01), (layout.pairs.l, 0.01)):
+            moved = e.clone()
+            moved[rows] += step
+            assert (loss(Scores.denoising(moved, ref), layout, stats).per_item < before).all()
+
+    return identity
+
+
 def pair_rho(batch: Batch) -> tuple[Tensor, Tensor, Pairs]:
     """Log-ratios of chosen and rejected rows, and the pairs."""
     scores, layout, _ = batch

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         anchored,
         base,
         composite,
+        diffusion,
         estimators,
         fine_grained,
         games,
@@ -61,6 +62,27 @@ if TYPE_CHECKING:
     )
     from diffalign.losses.anchored import NCA, APODown, APOZero, BCOPair, EXOList, InfoNCA, NCAList
     from diffalign.losses.composite import FDPO, WPO, Mixed
+    from diffalign.losses.diffusion import (
+        D3PO,
+        DMPO,
+        DSPO,
+        GDPO,
+        PSO,
+        SDPO,
+        SPO,
+        BideDPO,
+        CaPO,
+        DDIMInPO,
+        DiffusionDRO,
+        DiffusionKTO,
+        DualIPO,
+        FlowDPO,
+        PatchDPO,
+        PSOPersonal,
+        SePPO,
+        SmPO,
+        SubjectRPO,
+    )
     from diffalign.losses.fine_grained import OSPO, RRPO, TDPO1, TDPO2, SparsePO
     from diffalign.losses.games import DNO, GPO, INPO, SPPO, XPO, NashMD, OnlineIPO
     from diffalign.losses.hybrid import DPOP, POVID, RPO, FlexDPO, HyPO, IterativeRPO, RationaleDPO, RealignRDPO, UVCoT
@@ -267,12 +289,34 @@ FAMILIES: dict[str, dict[str, str]] = {
         "uniform_mle": "UniformMLE",
         "f_sft": "FDivergenceSFT",
     },
+    "diffusion": {
+        "ddim_inpo": "DDIMInPO",
+        "smpo": "SmPO",
+        "seppo": "SePPO",
+        "diffusion_kto": "DiffusionKTO",
+        "dspo": "DSPO",
+        "d3po": "D3PO",
+        "spo": "SPO",
+        "pso": "PSO",
+        "pso_personal": "PSOPersonal",
+        "capo": "CaPO",
+        "dmpo": "DMPO",
+        "sdpo": "SDPO",
+        "dro": "DiffusionDRO",
+        "subject_rpo": "SubjectRPO",
+        "patch_dpo": "PatchDPO",
+        "bide_dpo": "BideDPO",
+        "gdpo": "GDPO",
+        "flow_dpo": "FlowDPO",
+        "dual_ipo": "DualIPO",
+    },
 }
 _MODULES = (
     "advantages",
     "anchored",
     "base",
     "composite",
+    "diffusion",
     "estimators",
     "fine_grained",
     "games",

@@ -1,5 +1,7 @@
 """The core as a library of its own: what importing it brings along."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -40,12 +42,26 @@ def test_all_objectives_together_bring_the_core_only():
     assert all(m == "diffalign" or m.startswith("diffalign.losses") for m in ours)
 
 
+def modules_of(family):
+    """A family's module; of a package, all of its modules."""
+    found = [m.name for m in pkgutil.iter_modules(getattr(family, "__path__", []))]
+    return [family, *(importlib.import_module(f"{family.__name__}.{name}") for name in found)]
+
+
+def test_one_diffusion_method_brings_its_own_file():
+    found = modules_after("from diffalign import losses; losses.find('ddim_inpo')")
+    assert "diffalign.losses.diffusion.inpo" in found
+    assert "diffalign.losses.diffusion.sdpo" not in found
+    with pytest.raises(AttributeError, match="has no attribute 'DDIMInP0'"):
+        _ = losses.diffusion.DDIMInP0
+
+
 def test_the_table_of_names_is_the_classes():
     """Names are written down so that they can be listed without importing; they must be those of the classes."""
     for module, members in losses.FAMILIES.items():
-        owner = getattr(losses, module)
         own = {
             member.name: member.__name__
+            for owner in modules_of(getattr(losses, module))
             for member in vars(owner).values()
             if isinstance(member, type)
             and issubclass(member, losses.Objective)
