@@ -6,7 +6,7 @@ handed on to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -55,6 +55,36 @@ def build(cls: type[Objective], settings: Mapping[str, Any]) -> Objective:
     # YAML leaves 1e-3 a text.
     numbers = {k: float(v) if isinstance(known[k].default, float) else v for k, v in settings.items()}
     return cls(**numbers)
+
+
+def adopt(owner: Objective, parts: Collection[Objective]) -> None:
+    """Set on an objective what policies and sources of data look up before the first batch: all that its parts need.
+
+    Raises:
+        ValueError: parts that read rows which are made in different ways.
+    """
+    ways = {(part.noise, part.noising, part.source): part.name for part in parts}
+    if len(ways) > 1:
+        found = "; ".join(
+            f"{name}: {noise} noise, {noising}, {source}" for (noise, noising, source), name in ways.items()
+        )
+        raise ValueError(
+            f"{owner.name} of objectives that read rows made in different ways ({found}); train them apart"
+        )
+    mine, theirs = type(owner).needs, [part.needs for part in parts]
+    asked = replace(
+        mine,
+        reference=any(needs.reference for needs in theirs) if theirs else mine.reference,
+        caps=mine.caps.union(*(needs.caps for needs in theirs)),
+        extra=tuple(dict.fromkeys(name for needs in theirs for name in needs.extra)),
+        stats=tuple(dict.fromkeys(name for needs in theirs for name in needs.stats)),
+        log_snr=any(needs.log_snr for needs in theirs),
+        patch_weight=any(needs.patch_weight for needs in theirs),
+    )
+    object.__setattr__(owner, "needs", asked)
+    for noise, noising, source in ways:
+        for attribute, value in (("noise", noise), ("noising", noising), ("source", source)):
+            object.__setattr__(owner, attribute, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +244,7 @@ class Mixed(BetaObjective):
             raise ValueError(f"{len(self.weights)} weights for {len(self.losses)} losses; expected one weight per loss")
         if unused := sorted(set(self.settings) - set(self.losses)):
             raise ValueError(f"settings for {', '.join(unused)}, not among the losses {', '.join(self.losses)}")
-        self.parts  # noqa: B018 - refuses unknown names and settings now
+        adopt(self, self.parts.values())  # refuses unknown names and settings now
 
     @cached_property
     def parts(self) -> dict[str, Objective]:
@@ -275,6 +305,8 @@ class Mixed(BetaObjective):
             else:
                 out = self.parts[name](scores, layout, stats)
                 loss, metrics = out.per_item, out.metrics | metrics
+                if len(loss) != len(pairs):
+                    raise ValueError(f"{name} left out {len(pairs) - len(loss)} of {len(pairs)} pairs; a sum keeps all")
             total = total + weight * loss
             metrics[f"loss/{name}"] = loss.detach()
         return LossOut(total, metrics)

@@ -221,6 +221,25 @@ def test_sdpo_is_noised_and_fed_as_its_base_is():
     assert SDPO(base="dmpo").initial_loss(BOUND) == pytest.approx(6.215, abs=1e-3)
 
 
+def test_a_sum_asks_for_what_its_parts_read():
+    mixed = losses.Mixed(losses=("dspo", "flow_dpo", "sft"), weights=(1.0, 0.5, 0.1))
+    assert losses.Cap.RESIDUAL in mixed.needs.caps
+    assert mixed.needs.log_snr
+    assert not losses.Mixed().needs.log_snr
+    assert losses.Mixed().needs.caps == losses.Mixed.needs.caps
+    assert losses.Mixed(losses=("ddim_inpo", "sft"), weights=(1.0, 0.1)).noising == "ddim_inversion"
+    assert losses.Mixed(losses=("sft",), weights=(1.0,)).noising == "forward"
+    assert SDPO(base="flow_dpo").needs.log_snr
+    assert not SDPO().needs.log_snr
+    SDPO(base="cpo", beta=500.0, settings={"allow_bound_abs": True}).check(BOUND)
+    with pytest.raises(ValueError, match="made in different ways"):
+        losses.Mixed(losses=("dpo", "ddim_inpo"), weights=(1.0, 1.0))
+    scores = Scores.steps(tensor(0.1, 0.0, 0.2, 0.1), torch.zeros(4))
+    tied = losses.Mixed(losses=("d3po", "sft"), weights=(1.0, 0.1), settings={"d3po": {"ties": "drop"}})
+    with pytest.raises(ValueError, match="d3po left out 1 of 2 pairs"):
+        tied(scores, Pairs.halves(2, p=torch.tensor([1.0, 0.5])))
+
+
 def test_sdpo_hands_statistics_and_items_on():
     g = torch.Generator().manual_seed(0)
     r = torch.randn(6, 3, generator=g, dtype=torch.float64).requires_grad_()

@@ -7,12 +7,13 @@ Loss, per pair: ([R_w - R_l] - beta [r_w - r_l])^2, r = w_t (e_ref - e), w_t = s
 signal-to-noise ratio: more weight on noisy steps. R are expected win rates against samples of the base model, R_i = mean
 over j != i of sigma(reward_i - reward_j) (`calibrated_rewards`), averaged over reward models. A constant target is
 squared-loss IPO. Pairs come from the Pareto frontiers of several calibrated rewards (`frontiers`): w from the upper, l from
-the lower; with one reward they are the best and the worst.
+the lower; with one reward they are the best and the worst. The project page generates 16 images per prompt and draws a pair
+from the two frontiers at every step, those in both left out.
 
 Notes: rewards must be on their Bradley-Terry scale (times the logit scale) before the logistic. With many rewards most
 samples are non-dominated. The paper writes separate noise for the two images (UNVERIFIED; shared here).
 
-Not published, or not read: beta (no default), b (0 here), the number of samples per prompt, the learning rate.
+Not published, or not read: beta (no default), b (0 here), the learning rate.
 """
 
 from __future__ import annotations

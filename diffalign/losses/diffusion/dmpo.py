@@ -1,7 +1,7 @@
 """DMPO: Diffusion-DPO with the reverse KL divergence to the label's distribution as its link.
 
-Paper: "Divergence Minimization Preference Optimization for Diffusion Model Alignment", Li et al. 2025, arXiv 2507.07510 (id
-from memory). Code read: the implementation in AIDC-AI/Diffusion-SDPO:train.py; the paper was not.
+Paper: "Divergence Minimization Preference Optimization for Diffusion Model Alignment", Li et al. 2025, arXiv 2507.07510.
+Code read: the implementation in AIDC-AI/Diffusion-SDPO:train.py; the paper was not.
 
 Loss, per pair: p log(p / q) + (1 - p) log((1 - p) / (1 - q)), p = sigma(z), q = clamp(1 - a, 1e-6, 1 - 1e-6), z as in
 Diffusion-DPO. It is EXO's link (arXiv 2402.00856) on denoising errors; a = 0, the default, clamps to 1e-6, so it starts at
@@ -45,7 +45,7 @@ class DMPO(Refusing, PairObjective):
 
     name: ClassVar[str] = "dmpo"
     title: ClassVar[str] = "DMPO"
-    paper: ClassVar[str] = "2507.07510?"
+    paper: ClassVar[str] = "2507.07510"
     composition: ClassVar[str] = "log-ratio -> beta (w - l) -> reverse KL"
     needs: ClassVar[Needs] = needs("pairs", caps=(Cap.DIFFERENCE,))
     parity: ClassVar[str] = "AIDC-AI/Diffusion-SDPO train.py (formula)"

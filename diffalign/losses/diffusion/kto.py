@@ -4,11 +4,11 @@ Paper: "Aligning Diffusion Models by Optimizing Human Utility", Li et al. 2024, 
 jacklishufan/diffusion-kto:train_kto_sd_v1.5.py, exps/example.sh.
 
 Loss, per image: lambda (1 - U(y u)), u = beta (g - q), g = e_ref - e (no one half here), y = +1 liked, -1 not, q = max(0,
-mean of g over the *global* batch) without gradient, U the logistic function. Variants in the code: loss-averse, log sigma
-instead of sigma; risk-seeking, -log sigma(-u). Both are given here by the utility itself, minus the value, since neither has
-a maximum to subtract from (risk-seeking: no minimum, its loss falls for ever with u). The code's other reference points
-(average of per-class means, images under other prompts) are not here; `kto` has the second. The variants'
-exact constants are UNVERIFIED.
+mean of g over the *global* batch) without gradient, U the logistic function. Variants (the code's `--halo`): loss-averse, U
+= log sigma(u); risk-seeking, U = -log sigma(-u) (`risk_seeking_3`; two further forms of it in the code, one that is not a
+function of y u and one with an exponential, are not here). The loss is 1 - U for all of them, so it starts at 1/2, 1 + log 2
+and 1 - log 2; the last has no minimum. The code's other reference points (mean of per-class means, images under other
+prompts) are not here; `kto` has the second.
 
 Paper and code differ: beta is 5000 in the paper, its ablation rises from 2000 to 5000, and the released example leaves the
 argument at 1000; 5000 is followed. The published global batch is 8 images, so q is very noisy; under accumulation it is one
@@ -97,7 +97,7 @@ class DiffusionKTO(Refusing, BetaObjective):
     def initial_loss(self, kind: Kind = Kind.TOKEN) -> float | None:
         if self.desirable_weight != self.undesirable_weight:
             return None
-        values = {"kahneman_tversky": 0.5, "loss_averse": math.log(2), "risk_seeking": -math.log(2)}
+        values = {"kahneman_tversky": 0.5, "loss_averse": 1 + math.log(2), "risk_seeking": 1 - math.log(2)}
         return self.desirable_weight * values[self.utility]
 
     def estimator(self) -> BatchGain:
@@ -107,7 +107,7 @@ class DiffusionKTO(Refusing, BetaObjective):
         """What a value u costs, (M,)."""
         if self.utility == "kahneman_tversky":
             return links.sigmoid(u)
-        return softplus(-u) if self.utility == "loss_averse" else -softplus(u)
+        return 1 + softplus(-u) if self.utility == "loss_averse" else 1 - softplus(u)
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         items = Layout.of(layout).as_items()

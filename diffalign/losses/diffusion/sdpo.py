@@ -29,7 +29,7 @@ from torch import Tensor
 
 from diffalign import losses as core
 from diffalign.losses.base import AnyLayout, BetaObjective, Estimator, LossOut, Needs, Objective, detached, needs
-from diffalign.losses.composite import build
+from diffalign.losses.composite import adopt, build
 from diffalign.losses.diffusion._common import one_of, take
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.scores import Cap, Kind, Scores
@@ -78,7 +78,7 @@ class SDPO(BetaObjective):
     title: ClassVar[str] = "Diffusion-SDPO"
     paper: ClassVar[str] = "2511.03317"
     composition: ClassVar[str] = "base, with the gradient of l scaled to spare w"
-    needs: ClassVar[Needs] = needs("pairs", caps=(Cap.RESIDUAL, Cap.ERROR), log_snr=True)
+    needs: ClassVar[Needs] = needs("pairs", caps=(Cap.RESIDUAL, Cap.ERROR))
     parity: ClassVar[str] = "AIDC-AI/Diffusion-SDPO train.py (formula)"
     instead: ClassVar[str] = "use 'dpop', which holds the chosen up on other scores"
 
@@ -89,17 +89,7 @@ class SDPO(BetaObjective):
             raise ValueError(f"mu is {self.mu}; expected 0 <= mu <= 1")
         if "beta" in self.settings:
             raise ValueError("settings hold a beta; set the objective's own beta")
-        # What a policy and a source of data look up before the first batch is the base's.
-        inner = self.inner
-        more = inner.needs
-        asked = replace(type(self).needs, caps=type(self).needs.caps | more.caps, stats=more.stats, extra=more.extra)
-        for attribute, value in (
-            ("needs", replace(asked, reference=more.reference, patch_weight=more.patch_weight)),
-            ("noise", inner.noise),
-            ("noising", inner.noising),
-            ("source", inner.source),
-        ):
-            object.__setattr__(self, attribute, value)
+        adopt(self, [self.inner])
 
     @cached_property
     def inner(self) -> Objective:
@@ -111,6 +101,9 @@ class SDPO(BetaObjective):
         if not beta and self.beta is not None:
             raise ValueError(f"{self.base} has no beta; leave sdpo's out")
         return build(cls, beta | dict(self.settings))
+
+    def required_caps(self, kind: Kind) -> frozenset[Cap]:
+        return type(self).needs.caps  # the base checks its own
 
     def check_beta(self, kind: Kind) -> None:
         self.inner.check(kind)

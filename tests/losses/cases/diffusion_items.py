@@ -43,8 +43,8 @@ def kto_formula(value, up=1.0, down=1.0):
 
 VALUES = {
     "kahneman_tversky": lambda u: 1 - torch.sigmoid(u),
-    "loss_averse": lambda u: -logsigmoid(u),
-    "risk_seeking": lambda u: logsigmoid(-u),
+    "loss_averse": lambda u: 1 - logsigmoid(u),
+    "risk_seeking": lambda u: 1 + logsigmoid(-u),
 }
 
 
@@ -262,8 +262,13 @@ CASES = [
         )
         for utility, value, slope, mutations in (
             ("kahneman_tversky", 0.5, 2.5, [("links.sigmoid(u)", "links.sigmoid(-u)")]),
-            ("loss_averse", LOG2, 5.0, [("softplus(-u)", "softplus(u)")]),
-            ("risk_seeking", -LOG2, 5.0, [("else -softplus(u)", "else softplus(-u)")]),
+            ("loss_averse", 1 + LOG2, 5.0, [("softplus(-u)", "softplus(u)")]),
+            (
+                "risk_seeking",
+                1 - LOG2,
+                5.0,
+                [("else 1 - softplus(u)", "else 1 + softplus(-u)"), ("else 1 - softplus(u)", "else -softplus(u)")],
+            ),
         )
     ),
     Case(
