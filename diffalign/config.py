@@ -108,6 +108,10 @@ class DataConfig:
         buckets: group pairs by aspect ratio instead of cropping all to squares.
         crop: "center" or "random" (drawn once per image when it is cached).
         flip: flip both images of a pair together with probability 1/2 (drawn once when cached).
+        num_frames: frames of a clip, for families that make videos: 1 + 4k for Wan, 1 + 8k for CogVideoX. 1 trains on still
+            images and on the first frames of clips. Clips that are shorter are unusable, and so is a still image beside them.
+        frame_stride: take every so manieth frame from the clip's start on; null spreads the frames evenly over the whole clip,
+            so that clips of different lengths play at different speeds.
         world_pairs: make the data from the tiny world first (demos).
         retain_sources: unlearning: sources of what must be retained, read like `sources` (which then are forgotten). Not
             needed where rows have a `label` (0 forget, 1 retain).
@@ -132,6 +136,8 @@ class DataConfig:
     buckets: bool = False
     crop: Literal["center", "random"] = "center"
     flip: bool = False
+    num_frames: int = 1
+    frame_stride: int | None = None
     world_pairs: WorldPairsConfig | None = None
     retain_sources: tuple[str, ...] = ()
     retain_split: str | None = None
@@ -197,14 +203,27 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """Online training: sample answers to prompts, score them, train on them.
+    """Online training: sample answers or images to prompts, score them, train on them.
 
     Attributes:
-        samples_per_prompt: answers per prompt (K), a group.
+        samples_per_prompt: answers or images per prompt (K), a group.
         steps_per_generation: optimiser steps that one round of samples serves.
         num_iterations: passes over the samples of a round.
-        rewards: reward models, or `file.py:function` (TRL's signature); their weighted sum is the reward.
+        rewards: reward models, or for texts `file.py:function` (TRL's signature); their weighted sum is the reward.
         reward_weights: one per reward; empty: all 1.
+        prompts: images: a text file, a shipped list ("world_train", ...) or a list of prompts; empty: the prompts of the data.
+        num_prompts: how many of them; null takes all.
+        policy: who samples images: "policy" as it is at the start of a round, or "reference". null: as the objective was
+            published (SePPO: the reference).
+        num_inference_steps: sampler steps of images.
+        guidance_scale: of the sampler and, for trajectories, of the scores; 1 is none.
+        eta: 0 samples deterministically (DDIM, Euler), 1 fully stochastically. null: 1 for trajectories, else 0.
+        shared_start: all images of a prompt start from the same noise (D3PO: true; PSO: false).
+        steps_per_sample: of every trajectory, how many of its steps are trained, drawn at random; null: all that have a
+            density for trajectory objectives, and 1 for points on the way (Diffusion-DRO).
+        select: which image of a group an objective on chosen images learns from: "best", or "bradley_terry": drawn in
+            proportion to exp(reward / select_temperature), as people would choose (arXiv 2407.09499).
+        select_temperature: of "bradley_terry".
     """
 
     samples_per_prompt: int = 8
@@ -212,6 +231,25 @@ class RolloutConfig:
     num_iterations: int = 1
     rewards: tuple[str, ...] = ()
     reward_weights: tuple[float, ...] = ()
+    prompts: str | tuple[str, ...] = ()
+    num_prompts: int | None = None
+    policy: Literal["policy", "reference"] | None = None
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0
+    eta: float | None = None
+    shared_start: bool = True
+    steps_per_sample: int | None = None
+    select: Literal["best", "bradley_terry"] = "best"
+    select_temperature: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("steps_per_generation", "num_iterations", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}; expected 0 <= eta <= 1")
+        if self.select_temperature <= 0:
+            raise ValueError(f"select_temperature is {self.select_temperature}; expected a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +289,12 @@ class DenoisingConfig:
             guidance trained); drawn once per sample and visit. The empty prompt is encoded, as in the published code;
             SDXL 1.0 itself samples with zeros instead.
         error_reduction: over the latent: "mean" as published, or "sum" (then beta must be smaller by the latent's size).
+        noising: how the noisy latent of an image is made: "forward" adds noise; "ddim_inversion" runs the policy's DDIM sampler
+            backwards without guidance, and the target is the noise that the result implies (DDIM-InPO);
+            "renoise_inversion" corrects every step of it (SmPO). null: as the objective was published.
+        inversion_steps: levels of the inversion's grid (InPO's code: 10; SmPO's code 5, its paper 9).
+        inversion_level: "exact" makes the last step land on the timestep; "grid" stops at the last level below it, as the
+            released code does.
         error_space: where errors are measured: "native" (what the network predicts, as published), "epsilon",
             "v_prediction", "sample" or "flow_prediction".
     """
@@ -261,6 +305,9 @@ class DenoisingConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     proportion_empty_prompts: float = 0.0
+    noising: Literal["forward", "ddim_inversion", "renoise_inversion"] | None = None
+    inversion_steps: int = 10
+    inversion_level: Literal["exact", "grid"] = "exact"
     error_reduction: Literal["mean", "sum"] = "mean"
     error_space: Literal["native", "epsilon", "v_prediction", "sample", "flow_prediction"] = "native"
 
@@ -271,6 +318,8 @@ class DenoisingConfig:
             raise ValueError(
                 f"timestep_min {self.timestep_min} and timestep_max {self.timestep_max} leave no timestep to draw"
             )
+        if self.inversion_steps < 1:
+            raise ValueError(f"inversion_steps is {self.inversion_steps}; expected at least 1")
         if self.logit_std <= 0:
             raise ValueError(f"logit_std is {self.logit_std}; expected a positive number")
 
@@ -287,7 +336,8 @@ class ReferenceConfig:
     Attributes:
         scheme: "frozen": the base model (adapters off). "sync": a copy of the adapter that follows the policy every `every`
             steps by `rate` (1 at every round: the previous iterate; 0.6 every 512 steps: TR-DPO; small at every step: an
-            average). "mixture": the geometric mixture of the base, by `base_share`, and the synced copy (INPO, Nash-MD).
+            average). "pool": one of the base and all earlier copies, one of which is kept every `every` steps; drawn anew at
+            random every time (SePPO). "mixture": the geometric mixture of the base, by `base_share`, and the synced copy (INPO, Nash-MD).
             "momentum": the synced copy, extrapolated from the one before by `momentum` (accelerated preference
             optimisation).
         every: optimiser steps between synchronisations.
@@ -297,7 +347,7 @@ class ReferenceConfig:
         momentum: of "momentum", >= 0; the published value is UNVERIFIED (about 0.3).
     """
 
-    scheme: Literal["frozen", "sync", "mixture", "momentum"] = "frozen"
+    scheme: Literal["frozen", "sync", "pool", "mixture", "momentum"] = "frozen"
     every: int = 512
     rate: float = 1.0
     base_share: float = 0.5
@@ -413,6 +463,7 @@ class SamplingConfig:
         negative_prompt: text of the unconditional branch.
         batch_size: images per call.
         resolution: pixels; None means the training resolution.
+        num_frames: frames of a clip; None means as many as in training.
     """
 
     num_inference_steps: int = 30
@@ -422,6 +473,7 @@ class SamplingConfig:
     negative_prompt: str = ""
     batch_size: int = 4
     resolution: int | None = None
+    num_frames: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from diffalign.data.batch import collate
 from diffalign.data.loader import PairMicroBatches
 from diffalign.policy import Policy
 from diffalign.progress import Progress
-from diffalign.sampling import Sampler, sampling_mode, to_float
+from diffalign.sampling import Sampler, sampling_mode, stills, to_float
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def compare(
     """Sample base and adapter on every prompt of the sampler, and score both.
 
     Returns:
-        The evaluation, and the first image of every prompt from base and adapter, uint8 (P, 3, H, W).
+        The evaluation, and the first image of every prompt from base and adapter, uint8 (P, 3, H, W) or (P, 3, F, H, W).
     """
     indices = range(len(sampler.prompts))
     images = {}
@@ -102,10 +102,14 @@ def compare(
 
 
 def score_all(reward: rewards.Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Scores (N,) of uint8 images (N, 3, H, W); only one batch at a time is held as floats."""
+    """Scores (N,) of uint8 images (N, 3, H, W); only one batch at a time is held as floats.
+
+    Of clips (N, 3, F, H, W) a reward sees the middle frame, unless it says that it judges clips.
+    """
+    seen = images if reward.clips else stills(images)
     scores = [
-        rewards.score(reward, to_float(images[i : i + batch_size]), prompts[i : i + batch_size])
-        for i in range(0, len(images), batch_size)
+        rewards.score(reward, to_float(seen[i : i + batch_size]), prompts[i : i + batch_size])
+        for i in range(0, len(seen), batch_size)
     ]
     return torch.cat(scores)
 
@@ -164,10 +168,7 @@ def held_out_accuracy(
                 margin = torch.zeros(len(batch), device=policy.family.device)
                 for k in range(draws):
                     t = (first + (k + place) / draws * (last - first + 1)).long().clamp(first, last)
-                    latents, noise, _, conditioning = batch.stacked()
-                    ours, reference = policy.errors(latents, noise, torch.cat([t, t]), conditioning)
-                    assert reference is not None, "the reference was asked for"
-                    gain_w, gain_l = (reference - ours).chunk(2)
+                    gain_w, gain_l = (2 * policy.measure(batch.stacked(t)).log_ratio()).chunk(2)
                     margin += gain_w - gain_l
                 hits += ((margin > 0).float() + 0.5 * (margin == 0).float()).tolist()
     return statistics.bootstrap_rate(hits) if hits else None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.adapters import adapters_off
 from diffalign.config import DenoisingConfig
-from diffalign.data.batch import PairBatch
+from diffalign.data.batch import PairBatch, RowBatch, Rows
 from diffalign.families import Conditioning, DenoisingFamily
-from diffalign.losses import Layout, Objective, Scores
-from diffalign.prediction import PredictionType, add_noise, error_factor, mean_squared_error, target
+from diffalign.losses import Cap, Kind, Layout, Objective, Scores
+from diffalign.prediction import add_noise, append_dims, convert, error_factor, mean_squared_error, target
 from diffalign.references import Reference
 
 
@@ -78,8 +79,8 @@ class Policy:
         """Denoising errors of policy and reference at the same (x0, noise, t).
 
         Args:
-            x0: scaled latents (N, C, h, w).
-            noise: (N, C, h, w).
+            x0: scaled latents (N, C, ..., h, w).
+            noise: of the same shape.
             t: int64 timesteps (N,).
             conditioning: with a batch axis of N.
             reference: False leaves the second result out (None).
@@ -87,35 +88,152 @@ class Policy:
         Returns:
             (policy errors with gradient, reference errors without), float32, shape (N,).
         """
-        schedule, space, reduction = self.family.schedule, self.denoising.error_space, self.denoising.error_reduction
-        alpha, sigma = schedule.alpha_sigma(t)
-        x_t = add_noise(x0, noise, alpha, sigma)
-        wanted = target(schedule.prediction_type, x0, noise, alpha, sigma)
-        measured: PredictionType = schedule.prediction_type if space == "native" else space
-        factor = error_factor(schedule.prediction_type, measured, alpha, sigma)
+        scores = self.measure(Rows(x0=x0, noise=noise, t=t, conditioning=conditioning), reference=reference)
+        return scores.need_error(), None if scores.ref is None else -2 * scores.ref
 
-        def error(output: Tensor) -> Tensor:
-            return factor * mean_squared_error(output, wanted, reduction)
+    def measure(
+        self, rows: Rows, *, reference: bool = True, residual: bool = False, noising: str = "forward"
+    ) -> Scores:
+        """Scores of rows under policy and reference, at the same noisy latents.
 
-        reference_error = None
+        Args:
+            rows: N of them.
+            reference: False leaves the reference out.
+            residual: supply errors element by element, too.
+            noising: how x_t is made of x0; see `DenoisingConfig.noising`.
+        """
+        schedule, reduction = self.family.schedule, self.denoising.error_reduction
+        alpha, sigma = schedule.alpha_sigma(rows.t)
+        x_t, wanted = self._noised(rows, alpha, sigma, noising)
+        native = schedule.prediction_type
+        space = native if self.denoising.error_space == "native" else self.denoising.error_space
+        factor = error_factor(native, space, alpha, sigma)
+
+        def miss(output: Tensor) -> Tensor:
+            return output.float() - wanted.float()
+
+        def error(missed: Tensor) -> Tensor:
+            return factor * mean_squared_error(missed, torch.zeros_like(missed), reduction)
+
+        def scaled(missed: Tensor) -> Tensor:
+            return append_dims(factor.sqrt(), missed) * missed
+
+        reference_error, reference_miss = None, None
         # The reference goes first: adapters must not be switched between the policy's forward and its backward.
         if reference and self.reference is None:
-            reference_error = error(self.predict_reference(x_t, t, conditioning))
+            reference_miss = miss(self.predict_reference(x_t, rows.t, rows.conditioning))
+            reference_error = error(reference_miss)
         elif reference:
             assert self.reference is not None, "tested above"
+            parts = self.reference.parts()
             reference_error = torch.zeros((), device=x_t.device)
-            for weight, weights in self.reference.parts():
+            for weight, weights in parts:
                 with torch.no_grad(), self.reference.active(weights), self.autocast():
-                    output = self._call(self.bare, x_t, t, conditioning)
-                reference_error = reference_error + weight * error(output)
-        return error(self.predict(x_t, t, conditioning)), reference_error
+                    reference_miss = miss(self._call(self.bare, x_t, rows.t, rows.conditioning))
+                reference_error = reference_error + weight * error(reference_miss)
+            if len(parts) > 1:  # a mixture of scores has no prediction of its own
+                reference_miss = None
+        missed = miss(self.predict(x_t, rows.t, rows.conditioning))
+        more: dict[str, Tensor | None] = {}
+        if residual:
+            more["residual"] = scaled(missed)
+            more["ref_residual"] = None if reference_miss is None else scaled(reference_miss)
+        return Scores.denoising(error(missed), reference_error, **more)
 
-    def scores(self, batch: PairBatch, objective: Objective) -> tuple[Scores, Layout]:
+    def _noised(self, rows: Rows, alpha: Tensor, sigma: Tensor, noising: str) -> tuple[Tensor, Tensor]:
+        """Noisy latents and the network's target there."""
+        prediction_type = self.family.schedule.prediction_type
+        if noising == "forward":
+            x_t = add_noise(rows.x0, rows.noise, alpha, sigma)
+            wanted = target(prediction_type, rows.x0, rows.noise, alpha, sigma)
+        else:
+            x_t, implied = self.invert(rows.x0, rows.t, rows.conditioning, renoise=noising == "renoise_inversion")
+            wanted = target(prediction_type, rows.x0, implied, alpha, sigma)
+        if rows.given is not None and rows.x_t is not None and rows.target is not None:
+            given = append_dims(rows.given, x_t)
+            x_t, wanted = torch.where(given, rows.x_t, x_t), torch.where(given, rows.target, wanted)
+        return x_t, wanted
+
+    @torch.no_grad()
+    def invert(
+        self, x0: Tensor, t: Tensor, conditioning: Conditioning, *, renoise: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """DDIM inversion by the policy (no guidance): the x_t from which its sampler would come back to x0.
+
+        Levels are those of the grid of `denoising.inversion_steps` that lie below t, and then t itself, which the released
+        InPO code leaves out (`inversion_level: "grid"`): there the latent is that of the last grid level below t, though
+        network and implied noise are taken at t.
+
+        Args:
+            x0: scaled latents (N, C, ..., h, w).
+            t: int64 timesteps (N,).
+            conditioning: with a batch axis of N.
+            renoise: at every level predict twice, the second time at the level reached with the first, and take the mean
+                (ReNoise, arXiv 2403.14602).
+
+        Returns:
+            x_t, and the noise it implies, (x_t - alpha_t x0) / sigma_t.
+        """
+        schedule = self.family.schedule
+        total, steps = schedule.num_timesteps, self.denoising.inversion_steps
+        grid = [1 + k * (total // steps) for k in range(steps)]
+        x = x0.clone()
+        level = torch.full_like(t, -1)  # -1: clean
+        for number, upper in enumerate([*grid, total]):
+            exact = self.denoising.inversion_level == "exact"
+            goal = torch.full_like(t, upper).clamp(max=total - 1)
+            if exact:
+                goal = torch.minimum(goal, t)
+            moving = (level < goal) & (goal <= t) if exact else (goal < t) & (number < steps)
+            index = moving.nonzero().squeeze(1)
+            if not len(index):
+                continue
+            part = {name: value[index] for name, value in conditioning.items()}
+            x[index] = self._inverse_step(x[index], level[index], goal[index], part, renoise)
+            level[index] = goal[index]
+        alpha, sigma = schedule.alpha_sigma(t)
+        implied = (x - append_dims(alpha, x) * x0) / append_dims(sigma.clamp(min=1e-4), x)
+        return x, implied
+
+    def _inverse_step(
+        self, x: Tensor, level: Tensor, goal: Tensor, conditioning: Conditioning, renoise: bool
+    ) -> Tensor:
+        """From one level to a noisier one, with the noise predicted at the goal's time; level -1 is clean."""
+        schedule = self.family.schedule
+        clean = level < 0
+        alpha, sigma = schedule.alpha_sigma(level.clamp(min=0))
+        alpha, sigma = torch.where(clean, 1.0, alpha), torch.where(clean, 0.0, sigma)
+        alpha_goal, sigma_goal = schedule.alpha_sigma(goal)
+
+        def noise_at(where: Tensor) -> Tensor:
+            with self.autocast():
+                output = self._call(self.bare, where, goal, conditioning).float()
+            return convert(output, where, alpha_goal, sigma_goal, schedule.prediction_type, "epsilon")
+
+        def moved(noise: Tensor) -> Tensor:
+            x0 = (x - append_dims(sigma, x) * noise) / append_dims(alpha, x)
+            return append_dims(alpha_goal, x) * x0 + append_dims(sigma_goal, x) * noise
+
+        noise = noise_at(x)
+        if renoise:
+            noise = (noise + noise_at(moved(noise))) / 2
+        return moved(noise)
+
+    def scores(self, batch: PairBatch | RowBatch, objective: Objective) -> tuple[Scores, Layout]:
         """Scores of a batch and who is compared with whom: minus one half of the denoising errors.
 
         Objectives on pairs get chosen rows first, in one concatenated forward; a pair shares its timestep and its noise.
         Objectives on single items get the chosen images with label 1 and the rejected ones with label 0.
         """
         rows, layout = batch.rows(objective.needs)
-        error, reference_error = self.errors(*rows, reference=objective.reads_reference())
-        return Scores.denoising(error, reference_error), layout
+        scores = self.measure(
+            rows,
+            reference=objective.reads_reference(),
+            residual=Cap.RESIDUAL in objective.required_caps(Kind.BOUND),
+            noising=self.denoising.noising or objective.noising,
+        )
+        if objective.needs.log_snr:
+            scores = replace(scores, log_snr=self.family.schedule.log_snr(rows.t))
+        if objective.needs.patch_weight:
+            scores = replace(scores, patch_weight=rows.patch_weight)
+        return scores, layout

@@ -64,10 +64,11 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
         ConfigError: with the reason and the nearest alternative.
     """
     from diffalign.losses import IncompatibleObjective
+    from diffalign.sampling.rollouts import kind_of
 
     objective: Objective = config.objective
     try:
-        objective.check(family.kind)
+        objective.check(family.kind if family.modality == "text" else kind_of(objective))
     except IncompatibleObjective as error:
         raise ConfigError(f"{error} (family {config.model.family!r})") from error
     if config.reference.scheme != "frozen" and not objective.reads_reference():
@@ -75,13 +76,71 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
             f"reference.scheme {config.reference.scheme!r}: objective {objective.name!r} has no reference; "
             "leave the section out"
         )
-    if family.modality == "image" and (wanted := set(objective.needs.layout) - {"pairs", "items"}):
+    if family.modality == "text":
+        if objective.source != "data":
+            raise ConfigError(
+                f"objective {objective.name!r} trains on sampled images ({objective.source}); family "
+                f"{config.model.family!r} works on texts"
+            )
+        return
+    groups = {"groups"} if config.rollout.rewards else set()
+    if wanted := set(objective.needs.layout) - {"pairs", "items"} - groups:
         raise ConfigError(
-            f"objective {objective.name!r} needs {', '.join(sorted(wanted))}; image data sets have pairs. "
-            "See `diffalign list objectives`"
+            f"objective {objective.name!r} needs {', '.join(sorted(wanted))}; image data sets have pairs"
+            + ("; sample groups: set rollout.rewards and rollout.prompts" if "groups" in wanted else "")
+            + ". See `diffalign list objectives`"
         )
-    if family.modality == "image":
+    if objective.source == "data" and "groups" not in objective.needs.layout:
         _rehearse(objective)
+    _check_image_rollout(config)
+
+
+def _check_image_rollout(config: RunConfig) -> None:
+    """Refuse rollout settings that an image run cannot use.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    from diffalign import rewards
+    from diffalign.sampling.rollouts import samples_images
+
+    rollout, objective = config.rollout, config.objective
+    if not samples_images(config):
+        if rollout != RolloutConfig():
+            raise ConfigError(
+                f"rollout: objective {objective.name!r} trains on the data's pairs; set rollout.rewards to train it on "
+                "sampled images, or remove the section"
+            )
+        return
+    if rollout.reward_weights and len(rollout.reward_weights) != len(rollout.rewards):
+        raise ConfigError(
+            f"rollout.reward_weights: got {len(rollout.reward_weights)} for {len(rollout.rewards)} rewards; give one each"
+        )
+    from_data = objective.source in ("generated", "on_policy")
+    if from_data and rollout.prompts:
+        raise ConfigError(
+            f"rollout.prompts: objective {objective.name!r} samples for the prompts of its data; remove it"
+        )
+    if from_data and rollout.rewards:
+        raise ConfigError(
+            f"rollout.rewards: objective {objective.name!r} compares the data's images with sampled ones, and reads no "
+            "reward; remove it"
+        )
+    if not from_data and not rollout.rewards:
+        raise ConfigError(
+            f"rollout.rewards: empty; objective {objective.name!r} needs at least one reward to tell samples apart"
+        )
+    if not from_data and rollout.samples_per_prompt < 2:
+        raise ConfigError(f"rollout.samples_per_prompt: got {rollout.samples_per_prompt}; a group has at least 2")
+    if objective.source == "trajectories" and rollout.eta == 0:
+        raise ConfigError("rollout.eta: got 0; a deterministic sampler's transitions have no density; take 1")
+    if config.reference.scheme in ("mixture", "momentum") and objective.source != "data":
+        raise ConfigError(
+            f"reference.scheme {config.reference.scheme!r}: nobody can sample from a mixture of scores; objective "
+            f"{objective.name!r} takes 'frozen', 'sync' or 'pool'"
+        )
+    for name in rollout.rewards:
+        rewards.check_images(name)
 
 
 def _rehearse(objective: Objective) -> None:
@@ -106,9 +165,13 @@ def _rehearse(objective: Objective) -> None:
         t=torch.zeros(2, dtype=torch.int64),
         noise=nothing,
     )
-    (latents, *_), layout = batch.rows(objective.needs)
-    error = torch.linspace(0.1, 0.2, len(latents))
-    scores = Scores.denoising(error, error if objective.reads_reference() else None)
+    rows, layout = batch.rows(objective.needs)
+    missed = torch.linspace(0.3, 0.4, len(rows.x0)).view(-1, 1, 1, 1)
+    scores = Scores.residuals(missed, missed if objective.reads_reference() else None)
+    if objective.needs.log_snr:
+        scores = dataclasses.replace(scores, log_snr=torch.zeros(len(rows.x0)))
+    if objective.needs.patch_weight:
+        scores = dataclasses.replace(scores, patch_weight=torch.ones(len(rows.x0), 1, 1))
     try:
         estimator = objective.estimator()
         objective(scores, layout, None if estimator is None else estimator.update(scores, layout))
@@ -132,13 +195,29 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "data.buckets",
         "data.crop",
         "data.flip",
+        "data.num_frames",
+        "data.frame_stride",
         "data.world_pairs",
         "training.channels_last",
+        *(
+            f"rollout.{name}"
+            for name in (
+                "prompts",
+                "num_prompts",
+                "policy",
+                "num_inference_steps",
+                "guidance_scale",
+                "eta",
+                "shared_start",
+                "steps_per_sample",
+                "select",
+                "select_temperature",
+            )
+        ),
     ),
     "text": (
         "text",
         "generation",
-        "rollout",
         "model.load_in_4bit",
         "data.retain_sources",
         "data.retain_split",
@@ -175,6 +254,10 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
         raise ConfigError(f"data.resolution: got {data.resolution}; expected at least {family.resolution_step} pixels")
     if data.buckets and not config.cache.enabled:
         raise ConfigError("data.buckets needs the cache, which knows every image's size; set cache.enabled: true")
+    if data.frame_stride is not None and (data.frame_stride < 1 or data.num_frames == 1):
+        raise ConfigError(
+            f"data.frame_stride: got {data.frame_stride}; expected at least 1, with data.num_frames above 1, or null"
+        )
     if data.world_pairs is not None and data.format != "pickapic":
         raise DataError(f"data.world_pairs writes the 'pickapic' format; data.format is {data.format!r}")
     check_sampling(config)
@@ -357,10 +440,20 @@ def check_sampling(config: RunConfig) -> None:
     from diffalign.families._loading import find_scheduler
 
     _check_counts(config)
+    _check_frames(config)
     if config.sampling.scheduler:
         find_scheduler(config.sampling.scheduler)
     for name in config.evaluation.rewards:
         rewards.check_images(name)
+
+
+def _check_frames(config: RunConfig) -> None:
+    family: type[DenoisingFamily] = plugins.find("families", config.model.family)
+    if family.modality == "text":
+        return
+    family.check_frames(config.data.num_frames)
+    if config.sampling.num_frames is not None:
+        family.check_frames(config.sampling.num_frames, "sampling.num_frames")
 
 
 def _check_counts(config: RunConfig) -> None:
@@ -380,6 +473,13 @@ def _check_counts(config: RunConfig) -> None:
 
 def _check_data(config: RunConfig) -> None:
     data = config.data
+    if config.rollout.prompts:  # everything is sampled
+        if data.sources or data.world_pairs is not None:
+            raise ConfigError(
+                "rollout.prompts: set, and data too; images are sampled either for these prompts or for those of the data: "
+                "remove one of them"
+            )
+        return
     if not data.sources and data.world_pairs is None and data.world_text is None:
         raise ConfigError(
             "data.sources: empty; name local files or folders, or hub data set ids, in the order to try them"

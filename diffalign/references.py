@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffalign.adapters import adapters_off
 from diffalign.config import ReferenceConfig
 from diffalign.losses.references import blend, sync_due
+from diffalign.schedules import generator_for
 
 Snapshot = list[Tensor]
 
@@ -27,11 +28,15 @@ class Reference:
         config: the scheme.
         network: the bare network with its adapters.
         params: the adapter's parameters.
+        seed: of the draws from a pool.
     """
 
-    def __init__(self, config: ReferenceConfig, network: nn.Module, params: Sequence[nn.Parameter]) -> None:
-        self.config, self.network, self.params = config, network, list(params)
-        moving = config.scheme != "frozen"
+    def __init__(
+        self, config: ReferenceConfig, network: nn.Module, params: Sequence[nn.Parameter], seed: int = 0
+    ) -> None:
+        self.config, self.network, self.params, self.seed = config, network, list(params), seed
+        self.pool: list[Snapshot] = []  # earlier copies, oldest first; the base comes before them
+        moving = config.scheme not in ("frozen", "pool")
         self.copy: Snapshot | None = self._snapshot() if moving else None
         self.before: Snapshot | None = self._snapshot() if config.scheme == "momentum" else None
 
@@ -67,6 +72,12 @@ class Reference:
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Follow the policy, where the scheme says so at this step."""
+        if self.config.scheme == "pool" and sync_due(step, self.config.every):
+            # The newest copy is the policy itself; one of the k before it is drawn, the base among them.
+            drawn = torch.randint(len(self.pool) + 1, (), generator=generator_for(self.seed, "pool", step))
+            self.copy = None if drawn == 0 else self.pool[int(drawn) - 1]
+            self.pool.append(self._snapshot())
+            return
         if self.copy is None or not sync_due(step, self.config.every):
             return
         if self.before is not None:
@@ -75,10 +86,13 @@ class Reference:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores: nothing for a frozen reference."""
-        state = {"copy": self.copy, "before": self.before}
+        state: dict[str, Any] = {"copy": self.copy, "before": self.before, "pool": self.pool or None}
         return {name: value for name, value in state.items() if value is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         for name, values in state.items():
-            setattr(self, name, [value.to(p.device) for value, p in zip(values, self.params, strict=True)])
+            setattr(self, name, [self._here(v) for v in values] if name == "pool" else self._here(values))
+
+    def _here(self, values: Sequence[Tensor]) -> Snapshot:
+        return [value.to(p.device) for value, p in zip(values, self.params, strict=True)]

@@ -92,7 +92,7 @@ def train(config: RunConfig) -> TrainResult:
     modules, count = adapters.count(bare)
     bare.train()
     network = accelerator.prepare_model(bare)
-    reference = Reference(config.reference, bare, params)
+    reference = Reference(config.reference, bare, params, config.seed)
     optimizer = accelerator.prepare_optimizer(make_optimizer(params, training))
     scheduler = get_scheduler(
         training.lr_scheduler,

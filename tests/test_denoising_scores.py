@@ -39,10 +39,13 @@ class KnownErrors(Policy):
 
     def __init__(self, error, reference):
         self.known, self.asked = (error, reference), None
+        self.denoising = DenoisingConfig()
 
-    def errors(self, x0, noise, t, conditioning, *, reference=True):
-        self.asked = SimpleNamespace(x0=x0, noise=noise, t=t, conditioning=conditioning, reference=reference)
-        return self.known[0], self.known[1] if reference else None
+    def measure(self, rows, *, reference=True, residual=False, noising="forward"):
+        self.asked = SimpleNamespace(
+            x0=rows.x0, noise=rows.noise, t=rows.t, conditioning=rows.conditioning, reference=reference
+        )
+        return losses.Scores.denoising(self.known[0], self.known[1] if reference else None)
 
 
 ERROR = torch.tensor([0.30, 0.20, 0.10, 0.40, 0.25, 0.15])
@@ -104,7 +107,9 @@ def test_a_tie_pulls_both_ways_equally():
 def test_objectives_on_one_label_see_one_side(labels, side, label):
     policy = KnownErrors(ERROR[:B], None)
     wanted = Needs(layout=("items",), reference=False, labels=labels)
-    asking = SimpleNamespace(needs=wanted, reads_reference=lambda: False)
+    asking = SimpleNamespace(
+        needs=wanted, reads_reference=lambda: False, required_caps=lambda kind: wanted.caps, noising="forward"
+    )
     _, layout = policy.scores(batch(), asking)
     assert torch.equal(policy.asked.x0, getattr(batch(), side))
     assert not policy.asked.reference
@@ -113,7 +118,10 @@ def test_objectives_on_one_label_see_one_side(labels, side, label):
 
 
 def test_objectives_on_items_see_both_sides_with_their_labels():
-    asking = SimpleNamespace(needs=needs("items"), reads_reference=lambda: True)
+    wanted = needs("items")
+    asking = SimpleNamespace(
+        needs=wanted, reads_reference=lambda: True, required_caps=lambda kind: wanted.caps, noising="forward"
+    )
     _, layout = KnownErrors(ERROR, REFERENCE).scores(batch(p=0.75), asking)
     assert layout.items.label.tolist() == [0.75] * B + [0.25] * B
 

@@ -146,12 +146,20 @@ class PairMicroBatches(Dataset[PairBatch]):
         denoising: how timesteps are drawn and prompts dropped.
         family: for image conditioning and the length of the schedule.
         seed: of the draws.
+        independent: give the rejected image a timestep and noise of its own.
     """
 
     def __init__(
-        self, data: PairData, plan: BatchPlan, denoising: DenoisingConfig, family: DenoisingFamily, seed: int
+        self,
+        data: PairData,
+        plan: BatchPlan,
+        denoising: DenoisingConfig,
+        family: DenoisingFamily,
+        seed: int,
+        independent: bool = False,
     ) -> None:
         self.data, self.plan, self.denoising, self.seed = data, plan, denoising, seed
+        self.independent = independent
         self.image_conditioning = family.image_conditioning
         self.num_timesteps = family.schedule.num_timesteps
         self.timestep_sampling = family.timestep_sampling
@@ -170,6 +178,11 @@ class PairMicroBatches(Dataset[PairBatch]):
             for size, crop in zip(pair.original_sizes, pair.crops, strict=True)
         ]
         chosen, rejected = (0, 1) if pair.p >= 0.5 else (1, 0)
+        own: dict[str, Any] = {}
+        if self.independent:
+            own["rejected_t"], own["rejected_noise"], _ = draw(
+                self.denoising, generator, shape, self.num_timesteps, self.timestep_sampling
+            )
         return PairExample(
             id=pair.id,
             chosen=pair.latents[chosen],
@@ -181,6 +194,7 @@ class PairMicroBatches(Dataset[PairBatch]):
             weight=pair.weight,
             t=t,
             noise=noise,
+            **own,
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.config import ModelConfig, SamplingConfig
+from diffalign.errors import ConfigError
 from diffalign.losses import Kind
 from diffalign.schedules import Schedule
 
@@ -79,12 +80,33 @@ class DenoisingFamily(Family):
     modality: ClassVar = "image"
     kind: ClassVar = Kind.BOUND
     resolution_step: ClassVar[int]  # image sides are multiples of this
+    frame_step: ClassVar[int] = 0  # clips have 1 + a multiple of this many frames; 0: still images only
+    frames_per_second: ClassVar[int] = 8  # of the clips it makes
     timestep_sampling: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"  # how the model was trained
+
+    @classmethod
+    def check_frames(cls, frames: int, setting: str = "data.num_frames") -> None:
+        """Refuse a number of frames that the model has no latents for.
+
+        Raises:
+            ConfigError: with the nearest numbers that it has.
+        """
+        if frames == 1 or (frames > 1 and cls.frame_step and frames % cls.frame_step == 1):
+            return
+        if not cls.frame_step:
+            raise ConfigError(f"{setting}: got {frames}; this family makes still images, expected 1")
+        below = max(0, frames - 1) // cls.frame_step * cls.frame_step + 1
+        near = f"{below} or {below + cls.frame_step}" if frames > 1 else "1"
+        raise ConfigError(f"{setting}: got {frames}; expected 1 + a multiple of {cls.frame_step}, such as {near}")
 
     @property
     @abstractmethod
     def schedule(self) -> Schedule:
         """The training noise schedule."""
+
+    @abstractmethod
+    def stock_scheduler(self) -> Any:
+        """The model's own diffusers scheduler."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
@@ -104,11 +126,14 @@ class DenoisingFamily(Family):
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """RGB in [-1, 1], shape (B, 3, H, W), to scaled latents (B, C, h, w): the posterior mean, about unit variance."""
+        """RGB in [-1, 1], shape (B, 3, H, W), to scaled latents (B, C, h, w): the posterior mean, about unit variance.
+
+        Families that make clips take (B, 3, F, H, W), too, and give (B, C, F', h, w); an image is a clip of one frame.
+        """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents to RGB in [0, 1], shape (B, 3, H, W), float32."""
+        """Scaled latents to RGB in [0, 1], shape (B, 3, H, W), of clips with F > 1 (B, 3, F, H, W), float32."""
 
     @staticmethod
     @abstractmethod
@@ -136,12 +161,12 @@ class DenoisingFamily(Family):
         noise: Tensor,
         sampling: SamplingConfig,
     ) -> Tensor:
-        """Images from noise through the stock pipeline, RGB in [0, 1], float32 on the CPU, shape (B, 3, H, W).
+        """Images from noise through the stock pipeline, as `decode_latents` gives them, on the CPU.
 
         Args:
             conditioning: of B prompts, without image conditioning.
             negative: of the unconditional branch, batch 1 or B.
-            noise: standard normal latents (B, C, h, w), float32.
+            noise: standard normal latents (B, C, ..., h, w), float32.
             sampling: steps, guidance, scheduler.
         """
 
@@ -156,8 +181,8 @@ class DenoisingFamily(Family):
         """As `sample`, but the scaled latents before they are decoded."""
 
     @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(C, ..., h, w) of the latents of an image of that size in pixels."""
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """(C, ..., h, w) of the latents of an image, or of a clip of so many frames, of that size in pixels."""
 
     @abstractmethod
     def pipeline(self) -> Any:

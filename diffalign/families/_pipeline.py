@@ -150,9 +150,12 @@ class PipelineFamily(DenoisingFamily):
     @property
     def schedule(self) -> Schedule:
         if self._schedule is None:
-            self.load()  # the scheduler alone
-            self._schedule = self.make_schedule(self._part("scheduler"))
+            self._schedule = self.make_schedule(self.stock_scheduler())
         return self._schedule
+
+    def stock_scheduler(self) -> Any:
+        self.load()  # the scheduler alone
+        return self._part("scheduler")
 
     @abstractmethod
     def make_schedule(self, scheduler: Any) -> Schedule:
@@ -202,7 +205,7 @@ class PipelineFamily(DenoisingFamily):
         """Pixels per latent, along each side."""
         return int(2 ** (len(self._part("vae").config.block_out_channels) - 1))
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         channels = int(self._part("vae").config.latent_channels)
         return channels, height // self.vae_factor, width // self.vae_factor
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffalign.data.batch import PairBatch
-from diffalign.data.loader import BatchPlan, PairMicroBatches, micro_batches
+from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, micro_batches
 from diffalign.data.pipeline import is_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.data.prompts import load_prompts
@@ -19,12 +19,13 @@ from diffalign.errors import ConfigError
 from diffalign.families import NETWORK, DenoisingFamily
 from diffalign.hardware import configure_network
 from diffalign.jobs import Job, weight_metric
-from diffalign.losses import EXO, LossOut
+from diffalign.losses import EXO, Layout, LossOut
 from diffalign.metrics import StepMetrics
 from diffalign.outputs import Outputs
 from diffalign.policy import Policy
 from diffalign.references import Reference
 from diffalign.sampling import Sampler
+from diffalign.sampling.rollouts import AnyBatch, ImageRollouts, StepBatch, kind_of, samples_images
 from diffalign.summary import objective_summary
 
 
@@ -35,16 +36,32 @@ class ImageJob(Job):
     family: DenoisingFamily
 
     def prepare(self) -> None:
+        config = self.config
+        self.online = samples_images(config)
+        self.autocast = self.accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
+        self.data: PairData | None = None
+        self.dataset: PairMicroBatches | None = None
+        self.kept: list[int] = []
+        self.kept_out: list[int] = []
+        prompts = load_prompts(config.rollout.prompts, config.rollout.num_prompts) if config.rollout.prompts else []
+        if not prompts:
+            prompts = self._prepare_pairs()
+        if self.online:
+            self._prepare_prompts(prompts)
+        self.sampler = self._sampler()
+
+    def _prepare_pairs(self) -> list[str]:
+        """Read and encode the data's pairs; returns the distinct prompts that are trained on."""
         config, training = self.config, self.config.training
         prepared = prepare(config, self.family, self.accelerator)
         if self.accelerator.is_main_process:
             prepared.report.write(self.run_dir / REPORT)
         fraction = config.evaluation.held_out_fraction
-        self.data = prepared.data
-        self.kept_out = [i for i, prompt in enumerate(self.data.prompts) if is_held_out(prompt, fraction)]
-        self.kept = sorted(set(range(len(self.data))) - set(self.kept_out))
+        data = prepared.data
+        self.kept_out = [i for i, prompt in enumerate(data.prompts) if is_held_out(prompt, fraction)]
+        self.kept = sorted(set(range(len(data))) - set(self.kept_out))
         self.count, self.held_out = len(self.kept), len(self.kept_out)
-        sizes = self.data.target_sizes
+        sizes = data.target_sizes
         assert training.train_batch_size != "auto", "resolve_auto has chosen"
         self.plan = BatchPlan(self.kept, [sizes[i] for i in self.kept], training.train_batch_size, config.seed)
         if config.denoising.timestep_min >= self.family.schedule.num_timesteps:
@@ -52,19 +69,33 @@ class ImageJob(Job):
                 f"denoising.timestep_min: got {config.denoising.timestep_min}; the model has timesteps 0 to "
                 f"{self.family.schedule.num_timesteps - 1}"
             )
-        self.dataset = PairMicroBatches(self.data, self.plan, config.denoising, self.family, config.seed)
-        self.elements = self.dataset.example(self.kept[0], 0).noise.numel()
-        self.autocast = self.accelerator.autocast if training.mixed_precision != "no" else nullcontext
-        self.sampler = self._sampler()
+        independent = self.objective.noise == "independent"
+        dataset = PairMicroBatches(data, self.plan, config.denoising, self.family, config.seed, independent)
+        self.elements = dataset.example(self.kept[0], 0).noise.numel()
+        self.data, self.dataset = data, dataset
+        return list(dict.fromkeys(data.prompts[i] for i in self.kept))
+
+    def _prepare_prompts(self, prompts: list[str]) -> None:
+        """What is needed to sample images of prompts: a `Sampler` encodes them once."""
+        config = self.config
+        frames = config.data.num_frames
+        self.asked = Sampler(self.family, prompts, config.sampling, config.data.resolution, self.autocast, frames)
+        if self.data is None:
+            self.count = len(prompts)
+        self.elements = math.prod(self.asked.latent_shape)
 
     def _sampler(self) -> Sampler | None:
         config = self.config
         if not config.evaluation.prompts or not self.accelerator.is_main_process:
             return None
         prompts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
-        return Sampler(self.family, prompts, config.sampling, config.data.resolution, self.autocast)
+        frames = config.data.num_frames
+        return Sampler(self.family, prompts, config.sampling, config.data.resolution, self.autocast, frames)
 
     def identity(self) -> dict[str, Any]:
+        if self.data is None:
+            digest = hashlib.sha256("\n".join(self.asked.prompts).encode()).hexdigest()[:16]
+            return {"effective_batch": self.effective_batch, "prompts": digest, "count": self.count}
         prompts = "\n".join(self.data.prompts[i] for i in self.kept)
         return {
             "effective_batch": self.effective_batch,
@@ -81,11 +112,32 @@ class ImageJob(Job):
     def start(self, network: nn.Module, bare: nn.Module, reference: Reference) -> None:
         self.policy = Policy(self.family, network, bare, self.autocast, self.config.denoising, reference)
         self.estimator = self.objective.estimator()
+        self.rollouts = self._rollouts() if self.online else None
         self.outputs = Outputs(
             self.config, self.run_dir, self.family, self.sampler, summary=self.summary(), latent_elements=self.elements
         )
 
-    def micro_batches(self, first_step: int) -> Iterator[PairBatch]:
+    def _rollouts(self) -> ImageRollouts:
+        side = self.asked.side
+        return ImageRollouts(
+            self.config,
+            self.family,
+            self.policy,
+            self.accelerator,
+            prompts=self.asked.prompts,
+            encoded=self.asked.conditioning,
+            negative=self.asked.negative,
+            latent_shape=self.asked.latent_shape,
+            image=self.family.image_conditioning((side, side), (0, 0), (side, side)),
+            winners=self.dataset,
+            kept=self.kept,
+        )
+
+    def micro_batches(self, first_step: int) -> Iterator[AnyBatch]:
+        if self.rollouts is not None:
+            yield from self.rollouts.micro_batches(first_step)
+            return
+        assert self.dataset is not None, "runs without rollouts have data"
         training, world = self.config.training, self.accelerator.num_processes
         assert training.train_batch_size != "auto", "resolve_auto has chosen"
         first = first_step * self.effective_batch // training.train_batch_size + self.accelerator.process_index
@@ -93,27 +145,39 @@ class ImageJob(Job):
         for batch in micro_batches(self.dataset, range(first, last, world), training.dataloader_workers):
             yield batch.to(self.accelerator.device)
 
-    def loss(self, batch: PairBatch) -> LossOut:
-        scores, layout = self.policy.scores(batch, self.objective)
+    def loss(self, batch: AnyBatch) -> LossOut:
+        if isinstance(batch, StepBatch):
+            assert self.rollouts is not None, "transitions are sampled"
+            scores, layout = self.rollouts.scores(batch)
+        else:
+            scores, layout = self.policy.scores(batch, self.objective)
         stats = None if self.estimator is None else self.estimator.update(scores, layout, self.accelerator.gather)
         out = self.objective(scores, layout, stats)
         weight_metric(out, batch.weight)
+        if self.online and (reward := rewards_of(layout)) is not None:
+            out.metrics.setdefault("reward", reward)
         return out
 
-    def record(self, metrics: StepMetrics, batch: PairBatch, out: LossOut) -> None:
-        times = batch.t if len(out.per_item) == len(batch.t) else torch.cat([batch.t, batch.t])
-        metrics.add(out, times if len(out.per_item) == len(times) else None)
+    def record(self, metrics: StepMetrics, batch: AnyBatch, out: LossOut) -> None:
+        # One time per value, or the two of a pair one after the other; groups have none of their own.
+        times = next((t for t in (batch.t, batch.t[: len(batch.t) // 2]) if len(t) == len(out.per_item)), None)
+        if times is None and len(out.per_item) == 2 * len(batch.t):
+            times = torch.cat([batch.t, batch.t])
+        metrics.add(out, times)
 
     def initial_loss(self) -> float | None:
         soft = self.config.data.ties == "soft" and isinstance(self.objective, EXO)
-        return None if soft else super().initial_loss()
+        return None if soft else self.objective.initial_loss(kind_of(self.objective))
 
     @property
     def num_timesteps(self) -> int | None:
         return self.family.schedule.num_timesteps
 
     def summary(self) -> dict[str, float | str]:
-        return objective_summary(self.config, self.family.kind, self.elements)
+        return objective_summary(self.config, kind_of(self.objective), self.elements)
+
+    def passes(self) -> float:
+        return super().passes() if self.rollouts is None else self.rollouts.passes()
 
     def sample(self, step: int, *, adapters: bool) -> None:
         if self.sampler is not None:
@@ -123,8 +187,22 @@ class ImageJob(Job):
         return self.outputs.finish(self.policy, self.dataset, self.kept_out, step=step, facts=facts)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.estimator is None else self.estimator.state_dict()
+        state = {} if self.estimator is None else self.estimator.state_dict()
+        return state if self.rollouts is None else {"estimator": state, "rollouts": self.rollouts.state_dict()}
 
     def load_state_dict(self, state: Any) -> None:
         if self.estimator is not None:
-            self.estimator.load_state_dict(state)
+            self.estimator.load_state_dict(state if self.rollouts is None else state["estimator"])
+        if self.rollouts is not None:
+            self.rollouts.load_state_dict(state.get("rollouts", {}))
+
+
+def rewards_of(layout: Layout) -> Tensor | None:
+    """Rewards of sampled images in a batch, the first reward model's, for the log."""
+    if layout.pairs is not None:
+        sides = (layout.pairs.reward_w, layout.pairs.reward_l)
+        found = [side[:, 0] for side in sides if side is not None and side.shape[1]]
+        return torch.cat(found) if found else None
+    if layout.groups is not None:
+        return layout.groups.reward[:, 0]
+    return None if layout.items is None else layout.items.target

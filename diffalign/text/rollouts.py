@@ -29,6 +29,7 @@ from diffalign.losses.games import win_rates
 from diffalign.losses.group_objective import GroupObjective
 from diffalign.losses.regression import NFT
 from diffalign.losses.supervised import RFT
+from diffalign.rounds import plain, rebuilt
 from diffalign.schedules import sample_seed
 from diffalign.text.batch import TextBatch, TextExample, TextRow, collate_text
 from diffalign.text.generation import generate
@@ -377,7 +378,7 @@ class Rollouts:
         if self._round is None or self.steps_per_round == 1:
             return {}
         number, batches = self._round
-        return {"round": number, "batches": _plain(batches), "processes": self.accelerator.num_processes}
+        return {"round": number, "batches": plain(batches), "processes": self.accelerator.num_processes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on within a round. Answers of other processes are not in a checkpoint: with several, the round is made anew."""
@@ -386,31 +387,13 @@ class Rollouts:
         if state["processes"] != 1 or self.accelerator.num_processes != 1:
             log.warning("the unfinished round of samples is made anew by the current policy (several processes)")
             return
-        batches = [[batch.to(self.accelerator.device) for batch in step] for step in _rebuilt(state["batches"])]
+        batches = [
+            [batch.to(self.accelerator.device) for batch in step] for step in rebuilt(state["batches"], _CLASSES)
+        ]
         self._round = (state["round"], batches)
 
 
 _CLASSES: dict[str, Any] = {c.__name__: c for c in (TextBatch, Layout, Pairs, Items, Groups, Lists, Totals)}
-
-
-def _plain(value: Any) -> Any:
-    """Batches as dictionaries, lists and tensors: checkpoints are read without running code."""
-    if type(value).__name__ in _CLASSES:
-        return {"class": type(value).__name__} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {"map": {name: _plain(entry) for name, entry in value.items()}}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    # A slice would take the whole tensor along.
-    return value.cpu().clone() if isinstance(value, Tensor) else value
-
-
-def _rebuilt(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if "map" in value:
-            return {name: _rebuilt(entry) for name, entry in value["map"].items()}
-        return _CLASSES[value["class"]](**{name: _rebuilt(entry) for name, entry in value.items() if name != "class"})
-    return [_rebuilt(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _told(answers: Sequence[Answer], reward: float) -> dict[str, tuple[float, ...]]:

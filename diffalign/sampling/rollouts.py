@@ -1,0 +1,613 @@
+"""Training on images that are sampled on the way: by the policy, by its reference, or along stored trajectories.
+
+    prompts -> K images each -> rewards -> pairs, groups or chosen images -> inner micro-batches
+
+A *round* serves `steps_per_generation` optimiser steps, `num_iterations` times over. Prompts and noise of a round are
+functions of (seed, prompt, round); images also depend on the weights, so a round is made when its first micro-batch is asked
+for. Sampled latents are used as they are: nothing is decoded and encoded again.
+
+What a round holds follows from the objective's `source` and layout:
+
+| source | rows |
+| --- | --- |
+| data (pairs, groups, items) | sampled images of the prompts: best against worst, all of a group, or the chosen one |
+| generated | chosen images of the data against images that the reference samples of the same prompts |
+| on_policy | chosen images of the data against points of the policy's own trajectories, with its predictions as targets |
+| trajectories | stored transitions of the best and the worst of K trajectories |
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffalign import rewards
+from diffalign.config import RunConfig
+from diffalign.data.batch import Batch, PairBatch, PairExample, RowBatch, Rows, collate, mapped
+from diffalign.data.loader import BatchPlan, PairMicroBatches, draw
+from diffalign.errors import ConfigError
+from diffalign.families import DECODER, Conditioning, DenoisingFamily
+from diffalign.losses import Groups, Items, Kind, Layout, Lists, Objective, Pairs, Scores
+from diffalign.policy import Policy
+from diffalign.rounds import plain, rebuilt
+from diffalign.sampling import sampling_mode
+from diffalign.sampling.trajectories import Grid, Trajectory, log_density, make_grid, next_mean, sample
+from diffalign.schedules import generator_for
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch(Batch):
+    """P pairs of transitions: 2P rows, chosen first.
+
+    Attributes:
+        ids: of the pairs.
+        x, x_next: noisy latents before and after the step, (2P, C, ..., h, w).
+        step: number of the step in the sampler's grid, int64 (2P,).
+        t: the nearest timesteps, int64 (2P,), for metrics.
+        conditioning, negative: with and without the prompt, batch 2P.
+        layout: the pairs.
+    """
+
+    ids: tuple[str, ...]
+    x: Tensor
+    x_next: Tensor
+    step: Tensor
+    t: Tensor
+    conditioning: dict[str, Tensor]
+    negative: dict[str, Tensor]
+    layout: Layout
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def weight(self) -> Tensor | float:
+        return self.layout.need_pairs().weight
+
+
+AnyBatch: TypeAlias = PairBatch | RowBatch | StepBatch
+_CLASSES: dict[str, Any] = {
+    c.__name__: c for c in (PairBatch, RowBatch, StepBatch, Rows, Layout, Pairs, Items, Groups, Lists)
+}
+
+
+def samples_images(config: RunConfig) -> bool:
+    """Whether an image run trains on images that it samples."""
+    objective: Objective = config.objective
+    return objective.source != "data" or bool(config.rollout.rewards)
+
+
+def kind_of(objective: Objective) -> Kind:
+    """The kind of score that an image run gives an objective."""
+    return Kind.STEP if objective.source == "trajectories" else Kind.BOUND
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """K images of a prompt.
+
+    Attributes:
+        prompt: its number.
+        id: a text that no other prompt of the round has.
+        trajectory: latents (K, ...) at every level.
+        reward: weighted sum, (K,).
+        rewards: one column per reward model, (K, R).
+    """
+
+    prompt: int
+    id: str
+    trajectory: Trajectory
+    reward: Tensor
+    rewards: Tensor
+
+
+class ImageRollouts:
+    """Samples, scores and cuts into micro-batches; this process's share of every round.
+
+    Args:
+        config: of the run.
+        family: samples and decodes.
+        policy: the network and its reference.
+        accelerator: processes.
+        prompts: texts.
+        encoded: conditioning of each prompt, batch 1.
+        negative: conditioning without a prompt, batch 1.
+        latent_shape: of one sample.
+        image: per-image conditioning of samples (SDXL's time ids), without a batch axis.
+        winners: data whose chosen images are trained on, for objectives that compare them with samples.
+        kept: indices of `winners` that may be trained on.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        family: DenoisingFamily,
+        policy: Policy,
+        accelerator: Accelerator,
+        *,
+        prompts: Sequence[str],
+        encoded: Sequence[Conditioning],
+        negative: Conditioning,
+        latent_shape: tuple[int, ...],
+        image: Conditioning,
+        winners: PairMicroBatches | None = None,
+        kept: Sequence[int] = (),
+    ) -> None:
+        self.config, self.rollout, self.family, self.policy = config, config.rollout, family, policy
+        self.accelerator, self.prompts, self.encoded, self.negative = accelerator, prompts, encoded, negative
+        self.latent_shape, self.image, self.winners, self.kept = latent_shape, image, winners, list(kept)
+        self.objective: Objective = config.objective
+        self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
+        self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
+        source = self.objective.source
+        self.eta = self.rollout.eta if self.rollout.eta is not None else float(source == "trajectories")
+        self.grid = self._grid()
+        self.share = samples_per_process(config, self.grid, self.eta)
+        count = self.share * accelerator.num_processes
+        total = len(self.kept) if self.from_data else len(prompts)
+        self.plan = BatchPlan(range(total), [(0, 0)] * total, count, config.seed)
+        self._round: tuple[int, list[list[AnyBatch]]] | None = None
+        self.forwards = 0  # images through the network for sampling
+
+    @property
+    def from_data(self) -> bool:
+        """Whether winners come from the data."""
+        return self.objective.source in ("generated", "on_policy")
+
+    @property
+    def steps_per_round(self) -> int:
+        return self.rollout.steps_per_generation * self.rollout.num_iterations
+
+    def passes(self) -> float:
+        """How often a run samples all of its prompts."""
+        rounds = math.ceil(self.config.training.max_train_steps / self.steps_per_round)
+        return rounds * self.plan.batch_size / max(1, len(self.kept) if self.from_data else len(self.prompts))
+
+    def micro_batches(self, first_step: int) -> Iterator[AnyBatch]:
+        """This process's micro-batches from an optimiser step on."""
+        for step in range(first_step, self.config.training.max_train_steps):
+            number, place = divmod(step, self.steps_per_round)
+            if self._round is None or self._round[0] != number:
+                self._round = (number, self._make(number))
+            iteration, place = divmod(place, self.rollout.steps_per_generation)
+            for batch in self._round[1][place]:
+                yield self._again(batch, number, iteration).to(self.accelerator.device)
+
+    # -- sampling ----------------------------------------------------------------------------------------------------
+
+    def _grid(self) -> Grid:
+        return make_grid(
+            self.family, self.family.stock_scheduler(), self.rollout.num_inference_steps, self.latent_shape
+        )
+
+    @contextmanager
+    def _sampler(self) -> Iterator[None]:
+        """The network of whoever samples, without dropout."""
+        who = self.rollout.policy or ("reference" if self.objective.source == "generated" else "policy")
+        context: AbstractContextManager[None] = nullcontext()
+        if who == "reference" and self.policy.reference is not None:
+            context = self.policy.reference.active(self.policy.reference.parts()[0][1])
+        with torch.no_grad(), sampling_mode(self.policy.bare, adapters=True), context:
+            yield
+
+    def predict(self, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network's native prediction for N samples, guided if the rollout is."""
+        device, scale = self.accelerator.device, self.rollout.guidance_scale
+        here = {name: value.to(device) for name, value in conditioning.items()}
+        count = len(next(iter(here.values())))
+        empty = {name: value.to(device).expand(count, *value.shape[1:]) for name, value in self._without().items()}
+
+        def call(x: Tensor, times: Tensor) -> Tensor:
+            self.forwards += len(x) * (2 if scale != 1 else 1)
+            return guided(self.policy, self.policy.bare, x, times, here, empty, scale)
+
+        return call
+
+    def _without(self) -> Conditioning:
+        return self.negative | {name: value[None] for name, value in self.image.items()}
+
+    def conditioning(self, prompts: Sequence[int]) -> Conditioning:
+        """Text and image conditioning of prompts by number, on the CPU, with a batch axis."""
+        text = {name: torch.cat([self.encoded[i][name] for i in prompts]) for name in self.encoded[0]}
+        return text | {name: v.expand(len(prompts), *v.shape) for name, v in self.image.items()}
+
+    def _noise(self, name: str, number: int) -> Tensor:
+        return torch.randn(self.latent_shape, generator=generator_for(self.config.seed, name, number))
+
+    def sample(self, chosen: Sequence[int], names: Sequence[str], count: int, number: int) -> list[Sampled]:
+        """`count` images of each prompt, in batches of the sampler's size.
+
+        Args:
+            chosen: prompts by number.
+            names: a text per prompt that seeds its noise.
+            count: images per prompt.
+            number: of the round.
+        """
+        size = max(1, self.config.sampling.batch_size // count)
+        found: list[Sampled] = []
+        with self._sampler():
+            for start in range(0, len(chosen), size):
+                part, labels = chosen[start : start + size], names[start : start + size]
+                found += self._sample(part, labels, count, number)
+        return found
+
+    def _sample(self, chosen: Sequence[int], names: Sequence[str], count: int, number: int) -> list[Sampled]:
+        device = self.accelerator.device
+        rows = [(i, k) for i in range(len(chosen)) for k in range(count)]
+        shared = self.rollout.shared_start and self.objective.source == "trajectories"
+        noise = torch.stack([self._noise(f"{names[i]}/{0 if shared else k}", number) for i, k in rows]).to(device)
+        predict = self.predict(self.conditioning([chosen[i] for i, _ in rows]))
+
+        def steps(step: int) -> Tensor:
+            return torch.stack([self._noise(f"{names[i]}/{k}/{step}", number) for i, k in rows])
+
+        made = sample(predict, self.grid, noise, self.eta, steps)
+        given = self._reward(made.clean, [self.prompts[chosen[i]] for i, _ in rows])
+        total = given @ torch.tensor(self.weights) if self.models else given.new_zeros(len(rows))
+        return [
+            Sampled(
+                prompt=index,
+                id=names[i],
+                trajectory=mapped(_cut(made, slice(i * count, (i + 1) * count)), lambda x: x.cpu()),
+                reward=total[i * count : (i + 1) * count],
+                rewards=given[i * count : (i + 1) * count],
+            )
+            for i, index in enumerate(chosen)
+        ]
+
+    def _reward(self, latents: Tensor, prompts: list[str]) -> Tensor:
+        """Rewards (N, R) of clean latents."""
+        if not self.models:
+            return torch.zeros(len(prompts), 0)
+        self.family.load(DECODER)
+        images = torch.cat([self.family.decode_latents(part) for part in latents.split(16)])
+        return torch.stack([rewards.score(model, images, prompts).cpu() for model in self.models], 1)
+
+    # -- from samples to micro-batches -------------------------------------------------------------------------------
+
+    def _make(self, number: int) -> list[list[AnyBatch]]:
+        """The micro-batches of a round, per optimiser step."""
+        rank, every = self.accelerator.process_index, self.plan.micro_batch(number)
+        mine = every[rank * self.share : (rank + 1) * self.share]
+        before = [index for index, _ in every[: rank * self.share]]
+        names = []
+        for index, _ in mine:  # a prompt that comes twice in a round is sampled anew
+            names.append(f"rollout {index}/{before.count(index)}")
+            before.append(index)
+        chosen = [index for index, _ in mine]
+        if self.objective.source == "trajectories":
+            return self._steps(self.sample(chosen, names, self.rollout.samples_per_prompt, number), number)
+        if self.from_data:
+            return self._against_data(mine, names, number)
+        made = self.sample(chosen, names, self.rollout.samples_per_prompt, number)
+        layout = self.objective.needs.layout
+        if "pairs" in layout:
+            return self._slices([self._pair(one, number) for one in made], collate)
+        if "groups" in layout:
+            return self._slices([self._group(one, number) for one in made], self._join, self.rollout.samples_per_prompt)
+        if self.objective.needs.labels == (1,):
+            return self._slices([self._chosen(one, number) for one in made], self._join)
+        return self._slices([self._items(one, number) for one in made], self._join, self.rollout.samples_per_prompt)
+
+    def _slices(self, entries: list[Any], join: Callable[[list[Any]], AnyBatch], rows: int = 1) -> list[list[AnyBatch]]:
+        """Entries of `rows` samples each as micro-batches, per optimiser step."""
+        size = max(1, self._micro_batch() // rows)
+        batches = [join(entries[i : i + size]) for i in range(0, len(entries), size)]
+        per_step = self.config.training.gradient_accumulation_steps
+        return [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+
+    def _micro_batch(self) -> int:
+        size = self.config.training.train_batch_size
+        assert size != "auto", "resolved before"
+        return size
+
+    def _draw(self, name: str, number: int) -> tuple[int, Tensor]:
+        schedule = self.family.schedule
+        generator = generator_for(self.config.seed, f"{name} noise", number)
+        denoising = replace(self.config.denoising, proportion_empty_prompts=0.0)
+        t, noise, _ = draw(
+            denoising, generator, self.latent_shape, schedule.num_timesteps, self.family.timestep_sampling
+        )
+        return t, noise
+
+    def _text(self, prompt: int) -> Conditioning:
+        return {name: value[0] for name, value in self.encoded[prompt].items()}
+
+    def _pair(self, one: Sampled, number: int) -> PairExample:
+        """The best against the worst; without contrast with weight 0, so that batches keep their size."""
+        best, worst = int(one.reward.argmax()), int(one.reward.argmin())
+        tie = bool(one.reward[best] == one.reward[worst])
+        best, worst = (0, 1) if tie else (best, worst)
+        t, noise = self._draw(one.id, number)
+        more: dict[str, Any] = {}
+        if self.objective.noise == "independent":
+            more["rejected_t"], more["rejected_noise"] = self._draw(f"{one.id} rejected", number)
+        return PairExample(
+            id=f"{one.id}/{number}",
+            chosen=one.trajectory.clean[best],
+            rejected=one.trajectory.clean[worst],
+            text=self._text(one.prompt),
+            chosen_image=dict(self.image),
+            rejected_image=dict(self.image),
+            p=0.5 if tie else 1.0,
+            weight=0.0 if tie else 1.0,
+            t=t,
+            noise=noise,
+            chosen_reward=one.rewards[best],
+            rejected_reward=one.rewards[worst],
+            **more,
+        )
+
+    def _rows(self, one: Sampled, picked: Sequence[int], number: int) -> Rows:
+        """Sampled images with noise of their own, unless the objective shares it."""
+        own = self.objective.noise == "independent" or "groups" not in self.objective.needs.layout
+        drawn = [self._draw(f"{one.id}/{k if own else 0}", number) for k in picked]
+        return Rows(
+            x0=one.trajectory.clean[list(picked)],
+            noise=torch.stack([noise for _, noise in drawn]),
+            t=torch.tensor([t for t, _ in drawn]),
+            conditioning=self.conditioning([one.prompt] * len(picked)),
+        )
+
+    def _group(self, one: Sampled, number: int) -> RowBatch:
+        count = len(one.reward)
+        groups = Groups(
+            index=torch.arange(count), group=torch.zeros(count, dtype=torch.int64), reward=one.rewards.clone()
+        )
+        ids = tuple(f"{one.id}/{k}" for k in range(count))
+        return RowBatch(ids=ids, content=self._rows(one, range(count), number), layout=Layout(groups=groups))
+
+    def _chosen(self, one: Sampled, number: int) -> RowBatch:
+        """The image that people would have chosen of the group, labelled 1."""
+        if self.rollout.select == "best":
+            pick = int(one.reward.argmax())
+        else:  # Gumbel-max: a draw from softmax(reward / temperature)
+            generator = generator_for(self.config.seed, f"{one.id} choice", number)
+            uniform = torch.rand(one.reward.shape, generator=generator).clamp(min=1e-20)
+            pick = int((one.reward / self.rollout.select_temperature - (-uniform.log()).log()).argmax())
+        items = Items(index=torch.zeros(1, dtype=torch.int64), label=torch.ones(1), target=one.reward[pick : pick + 1])
+        return RowBatch(ids=(one.id,), content=self._rows(one, [pick], number), layout=Layout(items=items))
+
+    def _items(self, one: Sampled, number: int) -> RowBatch:
+        """All images: desirable above the group's mean."""
+        count = len(one.reward)
+        items = Items(
+            index=torch.arange(count), label=(one.reward > one.reward.mean()).float(), target=one.reward.clone()
+        )
+        ids = tuple(f"{one.id}/{k}" for k in range(count))
+        return RowBatch(ids=ids, content=self._rows(one, range(count), number), layout=Layout(items=items))
+
+    @staticmethod
+    def _join(parts: list[RowBatch]) -> RowBatch:
+        """Rows of several prompts as one batch; groups are numbered."""
+        offsets, at = [], 0
+        for part in parts:
+            offsets.append(at)
+            at += len(part)
+        rows = [part.content for part in parts]
+        content = Rows(
+            x0=torch.cat([r.x0 for r in rows]),
+            noise=torch.cat([r.noise for r in rows]),
+            t=torch.cat([r.t for r in rows]),
+            conditioning={name: torch.cat([r.conditioning[name] for r in rows]) for name in rows[0].conditioning},
+        )
+        layout: dict[str, Any] = {}
+        if parts[0].layout.groups is not None:
+            groups = [part.layout.need_groups() for part in parts]
+            layout["groups"] = Groups(
+                index=torch.cat([g.index + offset for g, offset in zip(groups, offsets, strict=True)]),
+                group=torch.cat([torch.full_like(g.group, n) for n, g in enumerate(groups)]),
+                reward=torch.cat([g.reward for g in groups]),
+            )
+        else:
+            items = [part.layout.need_items() for part in parts]
+            layout["items"] = Items(
+                index=torch.cat([i.index + offset for i, offset in zip(items, offsets, strict=True)]),
+                label=torch.cat([i.label for i in items if i.label is not None]),
+                target=torch.cat([i.target for i in items if i.target is not None]),
+            )
+        return RowBatch(ids=tuple(i for part in parts for i in part.ids), content=content, layout=Layout(**layout))
+
+    def _against_data(self, mine: list[tuple[int, int]], names: list[str], number: int) -> list[list[AnyBatch]]:
+        """Chosen images of the data against samples of the same prompts."""
+        assert self.winners is not None, "objectives of these sources have data"
+        examples = [self.winners.example(self.kept[place], visit) for place, visit in mine]
+        where = {prompt: i for i, prompt in enumerate(self.prompts)}
+        prompts = [where[self.winners.data.pair(self.kept[place]).prompt] for place, _ in mine]
+        made = self.sample(prompts, names, 1, number)
+        if self.objective.source == "generated":
+            pairs = []
+            for example, one in zip(examples, made, strict=True):
+                pairs.append(replace(example, rejected=one.trajectory.clean[0], rejected_image=dict(self.image), p=1.0))
+            return self._slices(pairs, collate)
+        count = self.rollout.steps_per_sample or 1
+        found = []
+        for repeat in range(count):
+            for example, one in zip(examples, made, strict=True):
+                generator = generator_for(self.config.seed, f"{one.id} place {repeat}", number)
+                step = int(torch.randint(len(self.grid), (), generator=generator))
+                _, fresh = self._draw(f"{one.id} expert {repeat}", number)
+                found.append(
+                    replace(
+                        example,
+                        id=f"{example.id}/{repeat}",
+                        text=self._text(one.prompt),
+                        t=int(self.grid.timesteps[step]),
+                        noise=fresh,
+                        rejected=one.trajectory.clean[0],
+                        rejected_image=dict(self.image),
+                        rejected_x_t=one.trajectory.latents[step][0],
+                        rejected_target=one.trajectory.outputs[step][0],
+                        p=1.0,
+                    )
+                )
+        return self._slices(found, collate)
+
+    def _steps(self, made: list[Sampled], number: int) -> list[list[AnyBatch]]:
+        """Transitions of the best and the worst trajectory of every prompt, in random order."""
+        steps = self.grid.random_steps(self.eta)
+        count = self.rollout.steps_per_sample or len(steps)
+        entries: list[tuple[Sampled, int]] = []
+        for one in made:
+            order = torch.randperm(len(steps), generator=generator_for(self.config.seed, f"{one.id} steps", number))
+            entries += [(one, steps[i]) for i in order[:count].tolist()]
+        order = torch.randperm(len(entries), generator=generator_for(self.config.seed, "transitions", number))
+        return self._slices([entries[i] for i in order.tolist()], self._transitions)
+
+    def _transitions(self, entries: list[tuple[Sampled, int]]) -> StepBatch:
+        sides = [(int(one.reward.argmax()), int(one.reward.argmin())) for one, _ in entries]
+        tie = [
+            best == worst or bool(one.reward[best] == one.reward[worst])
+            for (best, worst), (one, _) in zip(sides, entries)
+        ]
+        rows = [(one, side[0], step) for side, (one, step) in zip(sides, entries)]
+        rows += [(one, side[1] if side[1] != side[0] else 1, step) for side, (one, step) in zip(sides, entries)]
+        steps = torch.tensor([step for _, _, step in rows])
+        pairs = Pairs.halves(
+            len(entries),
+            p=torch.tensor([0.5 if t else 1.0 for t in tie]),
+            weight=torch.tensor([0.0 if t else 1.0 for t in tie]),
+            reward_w=torch.stack([one.rewards[side[0]] for side, (one, _) in zip(sides, entries)]),
+            reward_l=torch.stack([one.rewards[side[1]] for side, (one, _) in zip(sides, entries)]),
+        )
+        conditioning = self.conditioning([one.prompt for one, _, _ in rows])
+        return StepBatch(
+            ids=tuple(f"{one.id}/{step}" for one, step in entries),
+            x=torch.stack([one.trajectory.latents[step][k] for one, k, step in rows]),
+            x_next=torch.stack([one.trajectory.latents[step + 1][k] for one, k, step in rows]),
+            step=steps,
+            t=self.grid.timesteps[steps],
+            conditioning=conditioning,
+            negative={name: v.expand(len(rows), *v.shape[1:]).clone() for name, v in self._without().items()},
+            layout=Layout(pairs=pairs),
+        )
+
+    def _again(self, batch: AnyBatch, number: int, iteration: int) -> AnyBatch:
+        """The batch of a later pass over a round: images get fresh noise."""
+        if iteration == 0 or isinstance(batch, StepBatch) or self.from_data:
+            return batch
+        drawn = [self._draw(f"{name} again {iteration}", number) for name in batch.ids]
+        t, noise = torch.tensor([t for t, _ in drawn]), torch.stack([noise for _, noise in drawn])
+        if isinstance(batch, PairBatch):
+            return replace(batch, t=t, noise=noise)
+        return replace(batch, content=replace(batch.content, t=t, noise=noise))
+
+    def scores(self, batch: StepBatch) -> tuple[Scores, Layout]:
+        """Mean log-densities of stored transitions under policy and reference, and the pairs.
+
+        The reference goes first: adapters must not be switched between the policy's forward and its backward.
+        """
+        policy, scale = self.policy, self.rollout.guidance_scale
+        deviation = torch.tensor([self.grid.deviation(k, self.eta) for k in batch.step.tolist()], device=batch.x.device)
+        times = self.grid.times.to(batch.x.device)[batch.step]
+
+        def density(network: torch.nn.Module) -> Tensor:
+            output = guided(policy, network, batch.x, times, batch.conditioning, batch.negative, scale)
+            mean = next_mean(self.grid, batch.step, batch.x, output, deviation)
+            return log_density(batch.x_next, mean, deviation)
+
+        ref = None
+        if self.objective.reads_reference():
+            assert policy.reference is not None, "a run has a reference"
+            ((_, weights),) = policy.reference.parts()
+            with torch.no_grad(), policy.reference.active(weights):
+                ref = density(policy.bare)
+        return Scores.steps(density(policy.network), ref), batch.layout
+
+    # -- what a checkpoint stores ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The samples of an unfinished round; nothing where every step makes its own."""
+        if self._round is None or self.steps_per_round == 1:
+            return {}
+        number, batches = self._round
+        return {"round": number, "batches": plain(batches), "processes": self.accelerator.num_processes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on within a round. Samples of other processes are not in a checkpoint: with several, the round is made anew."""
+        if not state:
+            return
+        if state["processes"] != 1 or self.accelerator.num_processes != 1:
+            log.warning("the unfinished round of samples is made anew by the current policy (several processes)")
+            return
+        self._round = (state["round"], rebuilt(state["batches"], _CLASSES))
+
+
+def _cut(made: Trajectory, part: slice) -> Trajectory:
+    return Trajectory([x[part] for x in made.latents], [x[part] for x in made.outputs])
+
+
+def guided(
+    policy: Policy,
+    network: torch.nn.Module,
+    x: Tensor,
+    times: Tensor,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    scale: float,
+) -> Tensor:
+    """The native prediction with classifier-free guidance, float32: both branches in one forward.
+
+    Args:
+        policy: for its family and precision.
+        network: bare or wrapped.
+        x: noisy latents (N, ...).
+        times: what the network is told (N,).
+        conditioning, negative: with and without the prompt, batch N.
+        scale: 1 is no guidance, and the negative branch is not computed.
+    """
+    family = policy.family
+    with policy.autocast():
+        if scale == 1:
+            return family.predict(network, x.to(family.dtype), times, conditioning).float()
+        both = {name: torch.cat([value, negative[name].to(value)]) for name, value in conditioning.items()}
+        output = family.predict(network, torch.cat([x, x]).to(family.dtype), torch.cat([times, times]), both).float()
+    with_prompt, without = output.chunk(2)
+    return without + scale * (with_prompt - without)
+
+
+def samples_per_process(config: RunConfig, grid: Grid, eta: float) -> int:
+    """Prompts (or data rows) that one process samples for a round.
+
+    A step's size counts pairs, groups' images, single images or pairs of transitions.
+
+    Raises:
+        ConfigError: a round is no whole number of them.
+    """
+    training, rollout, objective = config.training, config.rollout, config.objective
+    assert training.train_batch_size != "auto", "resolved before"
+    size = training.train_batch_size * training.gradient_accumulation_steps * rollout.steps_per_generation
+    layout, each, what = objective.needs.layout, 1, ""
+    if objective.source == "trajectories":
+        possible = len(grid.random_steps(eta))
+        each = rollout.steps_per_sample or possible
+        what = f"{each} trained steps of a trajectory"
+        if not 1 <= each <= possible:
+            raise ConfigError(
+                f"rollout.steps_per_sample: got {each}; {possible} of {len(grid)} sampler steps have a density (eta {eta})"
+            )
+    elif objective.source == "on_policy":
+        each, what = rollout.steps_per_sample or 1, "rollout.steps_per_sample"
+    elif "groups" in layout or ("items" in layout and objective.needs.labels != (1,) and "pairs" not in layout):
+        each, what = rollout.samples_per_prompt, f"rollout.samples_per_prompt {rollout.samples_per_prompt}"
+        if training.train_batch_size % each:
+            raise ConfigError(
+                f"training.train_batch_size: got {training.train_batch_size}; the images of a group stay together: expected "
+                f"a multiple of rollout.samples_per_prompt {each}"
+            )
+    if size % each:
+        raise ConfigError(
+            f"rollout: a round of {size} (train_batch_size x gradient_accumulation_steps x steps_per_generation) is no "
+            f"multiple of {what} ({each}); change one of them"
+        )
+    return int(size // each)

@@ -1,0 +1,174 @@
+"""A sampler that returns what training needs: latents, stored transitions with their log-densities, or points on the way.
+
+One step of it, for any model x_t = alpha x0 + sigma noise, from level t to level s < t:
+
+    x_s = alpha_s x0^ + sqrt(sigma_s^2 - sd^2) noise^ + sd xi,
+    sd^2 = eta^2 sigma_s^2 (1 - (sigma_s alpha_t)^2 / (sigma_t alpha_s)^2)
+
+with x0^ and noise^ from the network's prediction. For variance-preserving models this is DDIM (arXiv 2010.02502, eq. 12 and
+16; eta 1 is the DDPM posterior), for flow models DiffusionNFT's stochastic step (arXiv 2509.16117, appendix B); eta 0 is
+the deterministic DDIM or Euler step. Log-densities are means over the latent's elements, as all public implementations
+of trajectory methods have them, in float32.
+
+Legend: S steps, N samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.families import DenoisingFamily
+from diffalign.prediction import PredictionType, append_dims, convert
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy latents (N, ...), times (N,)) -> native prediction, float32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The noise levels of a sampler, from noise to clean.
+
+    Attributes:
+        times: what the network is told at each step, (S,).
+        alphas, sigmas: levels before each step and after the last, (S + 1,), float32.
+        timesteps: the nearest timesteps of the training schedule, int64 (S,).
+        prediction_type: of the network.
+    """
+
+    times: Tensor
+    alphas: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+    prediction_type: PredictionType
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def deviation(self, step: int, eta: float) -> float:
+        """sd of a step; 0 where it is deterministic."""
+        a, s = float(self.alphas[step]), float(self.sigmas[step])
+        a_next, s_next = float(self.alphas[step + 1]), float(self.sigmas[step + 1])
+        inside = 1 - (s_next * a) ** 2 / (s * a_next) ** 2
+        return eta * s_next * math.sqrt(max(inside, 0.0))
+
+    def random_steps(self, eta: float) -> list[int]:
+        """Steps that have a density: the last one usually has not."""
+        return [k for k in range(len(self)) if self.deviation(k, eta) > 0]
+
+
+def make_grid(family: DenoisingFamily, scheduler: Any, steps: int, latent_shape: tuple[int, ...]) -> Grid:
+    """The grid of a stock scheduler.
+
+    Args:
+        family: for the training schedule.
+        scheduler: a diffusers scheduler of the family's pipeline (it is not changed).
+        steps: number of steps.
+        latent_shape: of one sample; some flow schedulers shift by it.
+    """
+    made = type(scheduler).from_config(scheduler.config)
+    schedule = family.schedule
+    if schedule.is_flow:
+        more = {}
+        if made.config.get("use_dynamic_shifting", False):
+            more["mu"] = dynamic_shift(made.config, latent_shape)
+        made.set_timesteps(steps, **more)
+        sigmas = made.sigmas.float().cpu()
+        if len(sigmas) == len(made.timesteps):
+            sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        times = made.timesteps.float().cpu()
+        timesteps = (sigmas[:-1, None] - schedule.sigmas[None]).abs().argmin(1)
+        return Grid(times, 1 - sigmas, sigmas, timesteps, schedule.prediction_type)
+    made.set_timesteps(steps)
+    times = made.timesteps.long().cpu()
+    alphas = schedule.alphas[times]
+    final = torch.ones(1) if made.config.get("set_alpha_to_one", True) else schedule.alphas[:1]
+    levels = torch.cat([alphas, final])
+    return Grid(times, levels, (1 - levels.square()).clamp(min=0).sqrt(), times, schedule.prediction_type)
+
+
+def dynamic_shift(config: Any, latent_shape: tuple[int, ...]) -> float:
+    """mu of a flow scheduler whose shift depends on the number of 2 x 2 patches (FLUX, Qwen-Image)."""
+    tokens = latent_shape[-1] * latent_shape[-2] / 4
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(first + (last - first) * (tokens - low) / (high - low))
+
+
+def next_mean(grid: Grid, steps: Tensor, x: Tensor, output: Tensor, deviation: Tensor) -> Tensor:
+    """The mean of the next latents, (N, ...).
+
+    Args:
+        grid: levels.
+        steps: number of each sample's step, int64 (N,).
+        x: noisy latents (N, ...).
+        output: the network's native prediction there, float32.
+        deviation: sd of each sample's step, (N,).
+    """
+    here, there = steps.to("cpu"), steps.to("cpu") + 1
+    alpha, sigma = grid.alphas[here].to(x.device), grid.sigmas[here].to(x.device)
+    alpha_next, sigma_next = grid.alphas[there].to(x.device), grid.sigmas[there].to(x.device)
+    x0 = convert(output, x, alpha, sigma, grid.prediction_type, "sample")
+    noise = convert(output, x, alpha, sigma, grid.prediction_type, "epsilon")
+    kept = (sigma_next.square() - deviation.square()).clamp(min=0).sqrt()
+    return append_dims(alpha_next, x) * x0 + append_dims(kept, x) * noise
+
+
+def log_density(x_next: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Gaussian log-density of next latents, the mean over their elements, float32 (N,).
+
+    Args:
+        x_next: (N, ...).
+        mean: (N, ...), gradient flows.
+        deviation: > 0, (N,).
+    """
+    missed = (x_next.float() - mean.float()).square().flatten(1).mean(1)
+    return -missed / (2 * deviation.square()) - deviation.log() - 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Sampled latents and how they came about.
+
+    Attributes:
+        latents: levels 0 (noise) to S (clean), each (N, ...).
+        outputs: the network's predictions at each step.
+    """
+
+    latents: list[Tensor]
+    outputs: list[Tensor]
+
+    @property
+    def clean(self) -> Tensor:
+        return self.latents[-1]
+
+
+@torch.no_grad()
+def sample(
+    predict: Predict, grid: Grid, noise: Tensor, eta: float, draw: Callable[[int], Tensor] | None = None
+) -> Trajectory:
+    """Sample N latents.
+
+    Args:
+        predict: the network with its conditioning (and guidance).
+        grid: levels.
+        noise: standard normal, (N, ...), float32.
+        eta: 0 deterministic, 1 fully stochastic.
+        draw: standard normal noise of a step, (N, ...), where eta > 0.
+    """
+    x = noise  # samplers start from unit variance, whatever little signal the noisiest level still has
+    latents, outputs = [x], []
+    for number in range(len(grid)):
+        output = predict(x, grid.times[number].to(x.device).expand(len(x))).float()
+        deviation = torch.full((len(x),), grid.deviation(number, eta), device=x.device)
+        x = next_mean(grid, torch.full((len(x),), number), x, output, deviation)
+        if deviation[0] > 0:
+            assert draw is not None, "a stochastic sampler needs noise"
+            x = x + append_dims(deviation, x) * draw(number).to(x)
+        latents.append(x)
+        outputs.append(output)
+    return Trajectory(latents, outputs)

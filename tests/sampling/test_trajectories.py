@@ -1,0 +1,174 @@
+"""The sampler that stores what training needs: the same as diffusers' schedulers, and densities that are densities."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from diffalign.prediction import convert
+from diffalign.sampling.trajectories import Grid, log_density, make_grid, next_mean, sample
+from diffalign.schedules import Schedule
+
+SHAPE = (3, 4, 4)
+
+
+class Model:
+    """A family as far as the sampler knows it, with a fixed linear network."""
+
+    def __init__(self, scheduler, prediction):
+        self.scheduler = scheduler
+        if prediction == "flow_prediction":
+            self.schedule = Schedule.flow(scheduler.config.shift)
+        else:
+            self.schedule = Schedule.variance_preserving(scheduler.alphas_cumprod, prediction)
+
+    def grid(self, steps):
+        return make_grid(self, self.scheduler, steps, SHAPE)
+
+
+def ddim(prediction="epsilon", **more):
+    options = {"beta_schedule": "scaled_linear", "clip_sample": False, "prediction_type": prediction} | more
+    return Model(DDIMScheduler(**options), prediction)
+
+
+def flow(shift=3.0):
+    return Model(FlowMatchEulerDiscreteScheduler(shift=shift), "flow_prediction")
+
+
+def network(x, times):
+    return 0.3 * x + 0.1 * torch.tanh(x) + times.view(-1, 1, 1, 1) / 5000
+
+
+def noise(n=2, seed=0):
+    return torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(
+    ("prediction", "more"),
+    [
+        ("epsilon", {}),
+        ("v_prediction", {}),
+        ("v_prediction", ZERO_SNR),
+        ("epsilon", {"set_alpha_to_one": False, "steps_offset": 1}),
+    ],
+)
+def test_every_step_equals_ddim_of_diffusers(prediction, more, eta):
+    model = ddim(prediction, **more)
+    grid = model.grid(10)
+    scheduler = model.scheduler
+    scheduler.set_timesteps(10)
+    x, xi = noise(), noise(seed=1)
+    for number, t in enumerate(scheduler.timesteps):
+        output = network(x, t.expand(2).float())
+        expected = scheduler.step(output, t, x, eta=eta, variance_noise=xi).prev_sample
+        deviation = torch.full((2,), grid.deviation(number, eta))
+        ours = next_mean(grid, torch.full((2,), number), x, output, deviation) + deviation.view(-1, 1, 1, 1) * xi
+        if torch.isfinite(expected).all():  # diffusers takes the root of a rounding error where all noise is fresh
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+        else:
+            assert eta == 1.0
+            assert number == 0
+        assert torch.isfinite(ours).all()
+        x = ours
+
+
+def test_eta_one_is_the_ddpm_posterior():
+    model = ddim()
+    grid = model.grid(1000)
+    ddpm = DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    ddpm.set_timesteps(1000)
+    for number in (10, 500, 990):
+        t = int(grid.times[number])
+        assert grid.deviation(number, 1.0) == pytest.approx(float(ddpm._get_variance(t)) ** 0.5, rel=1e-3)
+
+
+def test_a_deterministic_run_equals_euler_of_diffusers():
+    model = flow()
+    grid = model.grid(8)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+    x = noise()
+    ours = sample(network, grid, x, 0.0)
+    for number, t in enumerate(scheduler.timesteps):
+        torch.testing.assert_close(ours.outputs[number], network(x, t.expand(2)))
+        x = scheduler.step(network(x, t.expand(2)), t, x).prev_sample
+        torch.testing.assert_close(ours.latents[number + 1], x, rtol=1e-4, atol=1e-5)
+    assert len(ours.latents) == 9
+
+
+def test_a_flow_step_is_that_of_diffusion_nft():
+    grid = flow(1.0).grid(10)
+    for number in (1, 4, 8):
+        t, s = float(grid.sigmas[number]), float(grid.sigmas[number + 1])
+        rho = s * math.sqrt(1 - s**2 * (1 - t) ** 2 / (t**2 * (1 - s) ** 2))
+        assert grid.deviation(number, 1.0) == pytest.approx(rho, rel=1e-5)
+
+
+@pytest.mark.parametrize("model", [ddim(), ddim("v_prediction", **ZERO_SNR), flow()], ids=["ddim", "zero-snr", "flow"])
+def test_the_true_prediction_keeps_the_noise_levels(model):
+    """From x_t = a x0 + s n, with x0 and n known, the next latent is a' x0 + s' of unit noise."""
+    grid = model.grid(10)
+    x0, n, xi = noise(seed=3), noise(seed=4), noise(seed=5)
+    for number in (0, 3, 8):
+        ones = torch.ones(2)
+        a, s = grid.alphas[number] * ones, grid.sigmas[number] * ones
+        x = a.view(-1, 1, 1, 1) * x0 + s.view(-1, 1, 1, 1) * n
+        prediction = grid.prediction_type
+        if prediction == "v_prediction":
+            output = a.view(-1, 1, 1, 1) * n - s.view(-1, 1, 1, 1) * x0
+        else:
+            output = n - x0 if prediction == "flow_prediction" else n
+        torch.testing.assert_close(convert(output, x, a, s, prediction, "sample"), x0, rtol=1e-3, atol=1e-3)
+        d = torch.full((2,), grid.deviation(number, 0.7))
+        mean = next_mean(grid, torch.full((2,), number), x, output, d)
+        kept = math.sqrt(float(grid.sigmas[number + 1]) ** 2 - float(d[0]) ** 2)
+        torch.testing.assert_close(mean, grid.alphas[number + 1] * x0 + kept * n, rtol=1e-3, atol=1e-3)
+        assert xi.shape == mean.shape
+
+
+def test_densities_are_means_of_gaussian_ones():
+    x, mean, deviation = noise(seed=1), noise(seed=2), torch.tensor([0.3, 1.7])
+    ours = log_density(x, mean, deviation)
+    exact = torch.distributions.Normal(mean, deviation.view(-1, 1, 1, 1)).log_prob(x).mean((1, 2, 3))
+    torch.testing.assert_close(ours, exact)
+
+
+def test_the_last_step_has_no_density():
+    grid = ddim("v_prediction", **ZERO_SNR).grid(10)
+    assert grid.random_steps(1.0) == list(range(9))
+    assert grid.random_steps(0.0) == []
+    assert isinstance(grid, Grid)
+
+
+def test_where_the_last_level_keeps_noise_its_step_has_one():
+    """Stable Diffusion 1.5's scheduler ends at alphas_cumprod[0]."""
+    grid = ddim(set_alpha_to_one=False, steps_offset=1).grid(20)
+    assert grid.times[-1] == 1
+    abar = DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod.double()
+    variance = (1 - abar[0]) / (1 - abar[1]) * (1 - abar[1] / abar[0])
+    assert grid.deviation(19, 1.0) == pytest.approx(float(variance) ** 0.5, rel=1e-3)
+
+
+def test_published_factors_of_d3po():
+    """K^2 / (2 sd^2) on eps errors of SD1.5, 20 steps, eta 1: the table of yk7333/d3po's setting."""
+    grid = ddim(beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False, steps_offset=1).grid(20)
+    known = {951: 0.364, 451: 0.194, 151: 0.376, 101: 0.651, 51: 14.75, 1: 0.503}
+    for number, t in enumerate(grid.times.tolist()):
+        if t not in known:
+            continue
+        d = torch.tensor([grid.deviation(number, 1.0)]).double()
+        x, one = torch.zeros(1, *SHAPE).double(), torch.ones(1, *SHAPE).double()
+        step = torch.tensor([number])
+        slope = next_mean(grid, step, x, one, d) - next_mean(grid, step, x, 0 * one, d)
+        factor = float(slope.square().mean() / (2 * d**2))
+        assert factor == pytest.approx(known[t], rel=0.05), t
+
+
+def test_a_stochastic_run_needs_noise():
+    with pytest.raises(AssertionError, match="needs noise"):
+        sample(network, flow().grid(4), noise(), 1.0)
