@@ -34,8 +34,8 @@ class DualIPO(LogisticPair):
     """Dual-IPO for text-to-video (Yang et al. 2025, arXiv 2502.02088; no public training code). Not `ipo`.
 
     `dpo` + winner_weight e_w + real_weight mean e of real videos, which are the layout's items (all, or those labelled 1)
-    where it has any; their mean is over the micro-batch. Without both weights it is `dpo`. A label noise, weights and
-    margins of pairs act on the first term; weights of pairs on the second too.
+    where it has any; their mean is over the micro-batch. Without both weights it is `dpo`. Soft labels and
+    margins act on the first term, weights of pairs on the first two.
 
     Attributes:
         winner_weight: lambda_1; not published.
