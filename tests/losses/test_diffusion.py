@@ -205,6 +205,15 @@ def test_texts_are_sent_to_their_own_methods():
         DDIMInPO().check(Kind.STEP)
 
 
+@pytest.mark.parametrize("cls", [D3PO, SPO, PSO])
+def test_sums_over_a_trajectory_are_no_transitions(cls):
+    whole = Scores.steps(torch.zeros(2, 5), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="one row per transition; these rows are sums over 5 steps"):
+        cls()(whole, Pairs.halves(1))
+    single = Scores.steps(torch.zeros(2, 1), torch.zeros(2, 1))
+    assert cls()(single, Pairs.halves(1)).loss.item() == pytest.approx(math.log(2))
+
+
 # -- sdpo ------------------------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,11 @@ class ClippedPair(Refusing, BetaObjective):
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         pairs, q = Layout.of(layout).need_pairs(), scores.log_ratio()
+        if scores.units is not None and scores.units.theta.shape[1] > 1:
+            raise ValueError(
+                f"{self.name} reads one row per transition; these rows are sums over {scores.units.theta.shape[1]} steps, "
+                "which the clip would cut at once"
+            )
         preference = (2 * as_rows(pairs.p, q) - 1).sign().expand(len(pairs))
         if self.ties == "drop":
             pairs, preference = without(pairs, preference != 0), preference[preference != 0]
