@@ -100,7 +100,7 @@ def generate(
     require_writable(out)
     accelerator = make_accelerator(config.training, config.output_dir)
     family = open_denoising(config, accelerator)
-    sampler = Sampler(family, texts, config.sampling, config.data.resolution)
+    sampler = Sampler(family, texts, config.sampling, config.data.resolution, frames=config.data.num_frames)
     family.load(NETWORK)
     if adapter is not None:
         load_adapter(family, config, adapter)
@@ -114,7 +114,7 @@ def generate(
         for k, image in enumerate(images):
             index, repeat = divmod(k, images_per_prompt)
             file = f"{index:04d}-{repeat}-{name}.png"
-            save_png(image, out / file)
+            save_png(image, out / file, family.frames_per_second)
             rows.append({"file": file, "prompt": texts[index], "repeat": repeat, "side": name, "seed": seed})
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     atomic_write_text(out / "images.jsonl", text)
@@ -133,7 +133,7 @@ def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, A
     fraction, objective = config.evaluation.held_out_fraction, config.objective
     data = prepare(config, family, accelerator).data if fraction and objective.reads_reference() else None
     autocast = accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
-    sampler = Sampler(family, texts, config.sampling, config.data.resolution, autocast)
+    sampler = Sampler(family, texts, config.sampling, config.data.resolution, autocast, config.data.num_frames)
     family.load(NETWORK)
     load_adapter(family, config, adapter)
     evaluation, _, _ = evaluate.compare(sampler, config.evaluation, accelerator.device)

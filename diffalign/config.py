@@ -108,10 +108,10 @@ class DataConfig:
         buckets: group pairs by aspect ratio instead of cropping all to squares.
         crop: "center" or "random" (drawn once per image when it is cached).
         flip: flip both images of a pair together with probability 1/2 (drawn once when cached).
-        num_frames: frames of a clip, for families that make videos: 1 + 4k for Wan, 1 + 8k for CogVideoX. 1 trains on still
-            images and on the first frames of clips. Clips that are shorter are unusable, and so is a still image beside them.
-        frame_stride: take every so manieth frame from the clip's start on; null spreads the frames evenly over the whole clip,
-            so that clips of different lengths play at different speeds.
+        num_frames: frames of a clip, for families that make videos: 1 + 4k for Wan, 1 + 8k for CogVideoX. 1 trains on
+            still images and the first frames of clips; otherwise images and shorter clips are unusable.
+        frame_stride: take every so manieth frame from the clip's start on. null spreads the frames evenly over the whole
+            clip, so that clips of different lengths play at different speeds.
         world_pairs: make the data from the tiny world first (demos).
         retain_sources: unlearning: sources of what must be retained, read like `sources` (which then are forgotten). Not
             needed where rows have a `label` (0 forget, 1 retain).

@@ -71,7 +71,7 @@ class Outputs:
         names = []
         for i in shown:
             path = folder / f"{i:03d}.png"
-            save_png(images[i], path)
+            save_png(images[i], path, self.family.frames_per_second)
             names.append(path.relative_to(self.run_dir).as_posix())
         index_path = self.run_dir / "samples" / "index.json"
         index = json.loads(index_path.read_text()) if index_path.is_file() and step else {"files": {}}

@@ -263,7 +263,10 @@ def _sample_cards(folder: Path, index: Mapping[str, Any], files: Mapping[str, An
 
 def _figure(folder: Path, files: Sequence[str], i: int, prompt: str, caption: str, last: bool) -> str:
     image = _embed(folder / str(files[i]), f"{prompt}, {caption}") if i < len(files) else ""
-    return f"<figure{' class=last' if last else ''}>{image or '–'}<figcaption>{escape(caption)}</figcaption></figure>"
+    label = escape(caption)
+    if i < len(files) and (clip := Path(str(files[i])).with_suffix(".webp")) and (folder / clip).is_file():
+        label += f' · <a href="{escape(clip.as_posix())}">clip</a>'  # its frames are side by side in the image
+    return f"<figure{' class=last' if last else ''}>{image or '–'}<figcaption>{label}</figcaption></figure>"
 
 
 def _embed(path: Path, alt: str = "") -> str:

@@ -83,7 +83,12 @@ class Reward(RewardModel):
 
     It keeps the gradient from its output to the pixels if it says `differentiable`; whether one is wanted is the
     caller's choice, so it contains no `no_grad` on the way from pixels to score. Its own weights are frozen.
+
+    Attributes:
+        clips: it judges clips (B, 3, F, H, W), too; otherwise it is shown their middle frame.
     """
+
+    clips: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
@@ -287,7 +292,8 @@ def score(
 
     Args:
         reward: a loaded reward.
-        images: float RGB in [0, 1], shape (B, 3, H, W). Gradient flows if the reward is differentiable.
+        images: float RGB in [0, 1], shape (B, 3, H, W), or (B, 3, F, H, W) for a reward that judges clips. Gradient flows if
+            the reward is differentiable.
         prompts: B texts.
         metadata: B dictionaries or None.
         batch_size: pictures per call of the reward.
@@ -360,7 +366,7 @@ def _check_input(
     prompts: Sequence[str],
     metadata: Sequence[dict[str, Any]] | None,
 ) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
+    if images.ndim != 4 + (reward.clips and images.ndim == 5) or images.shape[1] != 3:
         raise RewardError(f"reward {name!r}: images have shape {tuple(images.shape)}; RGB (B, 3, H, W) expected")
     if not images.is_floating_point():
         raise RewardError(f"reward {name!r}: images are {images.dtype}; floats in [0, 1] expected: divide by 255")

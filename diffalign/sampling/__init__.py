@@ -17,7 +17,7 @@ from diffalign.schedules import generator_for
 
 
 class Sampler:
-    """Images of a fixed list of prompts. Prompts are encoded once, when it is made.
+    """Images or clips of a fixed list of prompts. Prompts are encoded once, when it is made.
 
     Args:
         family: its encoders are loaded and unloaded again here; its network must be in memory when sampling.
@@ -25,6 +25,7 @@ class Sampler:
         sampling: steps, guidance, scheduler, batch size.
         resolution: image side in pixels where `sampling` names none.
         autocast: the mixed-precision context of training.
+        frames: of a clip, where `sampling` names none; 1 for still images.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Sampler:
         sampling: SamplingConfig,
         resolution: int,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        frames: int = 1,
     ) -> None:
         self.family, self.prompts, self.sampling, self.autocast = family, list(prompts), sampling, autocast
         self.side = (sampling.resolution or resolution) // family.resolution_step * family.resolution_step
@@ -46,11 +48,11 @@ class Sampler:
             encoded |= {p: {k: v[i : i + 1].cpu() for k, v in batch.items()} for i, p in enumerate(chunk)}
         self.conditioning = [encoded[prompt] for prompt in self.prompts]
         self.negative = family.encode_negative(sampling.negative_prompt)
-        self.latent_shape = family.latent_shape(self.side, self.side)
+        self.latent_shape = family.latent_shape(self.side, self.side, sampling.num_frames or frames)
         family.unload(ENCODERS)
 
     def noise(self, index: int, repeat: int, seed: int) -> Tensor:
-        """Initial standard normal latents (C, h, w) of a prompt and a repeat, float32 on the CPU."""
+        """Initial standard normal latents (C, ..., h, w) of a prompt and a repeat, float32 on the CPU."""
         return torch.randn(self.latent_shape, generator=generator_for(seed, f"prompt {index}", repeat))
 
     def images(
@@ -73,7 +75,7 @@ class Sampler:
 
         Returns:
             uint8 RGB on the CPU, as a PNG would hold it (`to_float` gives [0, 1]), shape
-            (len(indices) * repeats, 3, H, W), a prompt's repeats together.
+            (len(indices) * repeats, 3, H, W), of clips (..., 3, F, H, W), a prompt's repeats together.
         """
         self.family.load(DECODER)
         jobs = [(i, j) for i in indices for j in range(repeats)]
@@ -96,9 +98,25 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def save_png(image: Tensor, path: Path) -> None:
-    """Write one uint8 image of shape (3, H, W)."""
-    Image.fromarray(image.movedim(0, -1).numpy()).save(path)  # CHW -> HWC
+def stills(images: Tensor) -> Tensor:
+    """The middle frame of clips (N, 3, F, H, W), as rewards of pictures see them; images (N, 3, H, W) as they are."""
+    return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
+
+
+def save_png(image: Tensor, path: Path, frames_per_second: int = 8) -> None:
+    """Write one uint8 image of shape (3, H, W).
+
+    Of a clip (3, F, H, W) the first, the middle and the last frame side by side, and all of it as an animation in a WebP
+    file beside it.
+    """
+    if image.ndim == 3:
+        Image.fromarray(image.movedim(0, -1).numpy()).save(path)  # CHW -> HWC
+        return
+    count = image.shape[1]
+    frames = [Image.fromarray(frame) for frame in image.permute(1, 2, 3, 0).contiguous().numpy()]  # CFHW -> FHWC
+    save_png(torch.cat([image[:, i] for i in (0, count // 2, count - 1)], dim=-1), path)
+    duration = round(1000 / frames_per_second)
+    frames[0].save(path.with_suffix(".webp"), save_all=True, append_images=frames[1:], duration=duration, loop=0)
 
 
 @contextmanager
