@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from diffalign.config import DataConfig
-from diffalign.data.images import UndecodableImage, buckets, decode, pair_bucket, transform
+from diffalign.data.images import UndecodableImage, buckets, pair_bucket, transform
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
+from diffalign.data.video import TooShort, decode_clip
 from diffalign.errors import DataError
 from diffalign.families import ENCODERS, Conditioning, DenoisingFamily
 from diffalign.schedules import generator_for
@@ -23,11 +24,11 @@ from diffalign.schedules import generator_for
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image ready to encode.
+    """An image or clip ready to encode.
 
     Attributes:
         key: hash of its bytes and of everything done to it; equal keys mean equal latents.
-        pixels: uint8 RGB, (3, H, W): a quarter of the memory while an image waits for the VAE.
+        pixels: uint8 RGB, (3, H, W) or (3, F, H, W): a quarter of the memory while an image waits for the VAE.
         original_size, crop_top_left, target_size: (height, width) or (top, left) in pixels.
     """
 
@@ -74,7 +75,7 @@ class Preparer:
     """Decodes and transforms both images of a record; a record with an unusable image is skipped whole.
 
     Args:
-        config: resolution, buckets, crop and flip.
+        config: resolution, buckets, crop, flip, and the frames of clips.
         seed: of random crops and flips, which are functions of (seed, record id).
         step: image sides are multiples of this many pixels.
     """
@@ -90,21 +91,25 @@ class Preparer:
 
     def __call__(self, record: Record) -> PreparedPair | Unusable:
         """The prepared pair, or why it cannot be used."""
+        frames, stride = self.config.num_frames, self.config.frame_stride
         try:
-            raw = [item.read() for item in record.images]
-            images = [decode(data) for data in raw]
+            raw = [item.parts() for item in record.images]
+            clips = [decode_clip(parts, frames, stride) for parts in raw]
         except UndecodableImage as error:
             return Unusable(record, "undecodable", str(error))
+        except TooShort as error:
+            return Unusable(record, "too_short", str(error))
         except OSError as error:
             return Unusable(record, "unreadable", str(error))
-        size = pair_bucket([(image.height, image.width) for image in images], self.sizes)
+        size = pair_bucket([(clip[0].height, clip[0].width) for clip in clips], self.sizes)
         generator = generator_for(self.seed, record.id)
         flip = self.config.flip and bool(torch.rand((), generator=generator) < 0.5)
         prepared = []
-        for data, image in zip(raw, images, strict=True):
-            done = transform(image, size, crop=self.config.crop, flip=flip, generator=generator)
-            settings = f"{size} {done.crop_top_left} {flip}"
-            key = hashlib.sha256(hashlib.sha256(data).digest() + settings.encode()).hexdigest()[:24]
+        for parts, clip in zip(raw, clips, strict=True):
+            done = transform(clip, size, crop=self.config.crop, flip=flip, generator=generator)
+            settings = f"{size} {done.crop_top_left} {flip}" + (f" {frames} {stride}" if frames > 1 else "")
+            digest = b"".join(hashlib.sha256(part).digest() for part in parts)
+            key = hashlib.sha256(digest + settings.encode()).hexdigest()[:24]
             pixels = done.pixels.add(1).mul_(127.5).round_().to(torch.uint8)  # exact: they come from bytes
             prepared.append(Prepared(key, pixels, done.original_size, done.crop_top_left, done.target_size))
         return PreparedPair(record, (prepared[0], prepared[1]))
@@ -156,7 +161,7 @@ def prepare_all(
 
 
 def encode_images(family: DenoisingFamily, images: list[Prepared], batch_size: int) -> dict[str, Tensor]:
-    """Latents (C, h, w) on the CPU by image key; images of one shape share a VAE call."""
+    """Latents (C, ..., h, w) on the CPU by image key; images of one shape share a VAE call."""
     latents: dict[str, Tensor] = {}
     by_shape: dict[tuple[int, ...], list[Prepared]] = {}
     for image in images:

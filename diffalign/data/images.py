@@ -1,4 +1,4 @@
-"""Decoding, resizing and cropping, with the numbers SDXL wants to know about it.
+"""Decoding, resizing and cropping of images and clips, with the numbers SDXL wants to know about it.
 
 Sizes are (height, width) and offsets (y, x) in pixels throughout, the order of diffusers' time ids. Resizing is
 bilinear with antialiasing, as in the published Diffusion-DPO preprocessing; an image of the right size is not touched.
@@ -27,12 +27,27 @@ class UndecodableImage(Exception):  # noqa: N818 - what it says of the image
     """Bytes that are not a whole image, with the reason."""
 
 
+# What Pillow raises for broken files of one format or another; MemoryError comes from absurd sizes in a header.
+DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    IndexError,
+    KeyError,
+    MemoryError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
 @dataclass(frozen=True)
 class Pixels:
-    """One image, ready for the VAE.
+    """One image or clip, ready for the VAE.
 
     Attributes:
-        pixels: float32 RGB in [-1, 1], shape (3, H, W).
+        pixels: float32 RGB in [-1, 1], shape (3, H, W), of clips (3, F, H, W).
         original_size: (h, w) before resizing, upright.
         crop_top_left: (y, x) of the crop in the resized (and, if flipped, mirrored) image.
         target_size: (H, W).
@@ -55,28 +70,28 @@ def decode(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-        return _to_rgb(_upright(image))
-    # What Pillow raises for broken files of one format or another; MemoryError comes from absurd sizes in a header.
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, KeyError, MemoryError) as error:
-        raise UndecodableImage(_reason(error)) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UndecodableImage(_reason(error)) from error
+        return to_rgb(upright(image))
+    except DECODING_ERRORS as error:
+        raise UndecodableImage(reason(error)) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What a library says is wrong with a file, in one line."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image format that Pillow knows"  # its own text has a memory address
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say."""
     try:
         return ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error):
         return image  # broken EXIF says nothing about the pixels
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits of red, green and blue; transparency is laid on white."""
     if image.mode.startswith("I"):  # 16 bits of grey; a plain conversion would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -113,7 +128,7 @@ def plan_crop(size: Size, target: Size, generator: torch.Generator | None = None
 
 
 def transform(
-    image: Image.Image,
+    image: Image.Image | Sequence[Image.Image],
     target: Size,
     *,
     crop: Literal["center", "random"] = "center",
@@ -123,22 +138,29 @@ def transform(
     """Resize to cover, mirror if asked, crop, and scale to [-1, 1].
 
     Args:
-        image: RGB.
+        image: RGB; the frames of a clip, all of one size, get the same crop. A clip of one frame is an image.
         target: (h, w).
         crop: where to cut.
         flip: mirror left to right; both images of a pair get the same.
         generator: draws a random crop; needed for that only.
     """
     assert crop == "center" or generator is not None, "a random crop needs a generator"
-    original = (image.height, image.width)
+    frames = [image] if isinstance(image, Image.Image) else list(image)
+    original = (frames[0].height, frames[0].width)
     plan = plan_crop(original, target, generator if crop == "random" else None)
-    if plan.resized != original:
+    cut = [to_tensor(_cut(frame, plan, flip)) for frame in frames]
+    pixels = cut[0] if len(cut) == 1 else torch.stack(cut, dim=1)
+    return Pixels(pixels, original, plan.top_left, target, flip)
+
+
+def _cut(image: Image.Image, plan: Crop, flip: bool) -> Image.Image:
+    if plan.resized != (image.height, image.width):
         image = image.resize(plan.resized[::-1], Image.Resampling.BILINEAR)  # Pillow's sizes are (width, height)
     if flip:
         image = ImageOps.mirror(image)
     top, left = plan.top_left
-    image = image.crop((left, top, left + target[1], top + target[0]))
-    return Pixels(to_tensor(image), original, plan.top_left, target, flip)
+    height, width = plan.target
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

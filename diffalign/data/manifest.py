@@ -24,6 +24,8 @@ NEUTRAL_DATA_KEYS = ("keep_downloads", "max_disk_gb", "max_unusable", "sources")
 def fingerprint(config: RunConfig, family: DenoisingFamily) -> dict[str, Any]:
     """Everything that determines a cache's contents, except the source's files."""
     data = {k: v for k, v in to_tree(config.data).items() if k not in NEUTRAL_DATA_KEYS}
+    if config.data.num_frames == 1:  # as caches were that knew no clips, and no stride matters
+        del data["num_frames"], data["frame_stride"]
     cache = {"dtype": config.cache.dtype, "encode_dtype": str(family.vae_dtype).removeprefix("torch.")}
     random = config.data.crop == "random" or config.data.flip
     return {

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".apng"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".avi", ".mov"})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageItem:
-    """One image, not decoded.
+    """One image or clip, not decoded.
 
     Attributes:
-        data: encoded bytes (JPEG, PNG, WebP), or None if `path` is given.
-        path: file to read, or None if `data` is given.
+        data: encoded bytes (JPEG, PNG, WebP, GIF, mp4, ...), or None if `path` is given.
+        path: file to read, or a folder with one image per frame; None if `data` is given.
         model: who made it, where known.
         uid: the source's own id, where it has one.
     """
@@ -25,15 +29,35 @@ class ImageItem:
     uid: str | None = None
 
     def read(self) -> bytes:
-        """The encoded bytes.
+        """The encoded bytes; of a folder of frames one after the other.
 
         Raises:
             OSError: the file cannot be read.
         """
+        return b"".join(self.parts())
+
+    def parts(self) -> list[bytes]:
+        """The encoded bytes of the file, or of every frame of a folder.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
         if self.data is not None:
-            return self.data
+            return [self.data]
         assert self.path is not None, "an image has bytes or a path"
-        return self.path.read_bytes()
+        if not self.path.is_dir():
+            return [self.path.read_bytes()]
+        return [frame.read_bytes() for frame in frames_of(self.path)]
+
+
+def frames_of(folder: Path) -> list[Path]:
+    """The images in a folder, in the order in which people number them: frame_2 before frame_10."""
+    images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    return sorted(images, key=lambda path: (_numbered(path.name), path.name))
+
+
+def _numbered(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, TypeVar
 
-from diffalign.data.record import ImageItem, Record, record_id
+from diffalign.data.record import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ImageItem, Record, frames_of, record_id
 from diffalign.data.report import DataReport
 
 Raw = TypeVar("Raw")
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+MEDIA_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 
 
 class BadRow(Exception):  # noqa: N818 - a verdict on one row, not a failure
@@ -249,18 +249,20 @@ def image_bytes(value: Any, column: str) -> bytes:
 
 
 def image_file(folder: Path, name: Any, column: str) -> ImageItem:
-    """An image file named relative to `folder`.
+    """An image or video file, or a folder of frames, named relative to `folder`.
 
     The check is on the name, not on what links resolve to: a user may link folders, a data file may not point outside.
 
     Raises:
-        BadRow: not a name, outside of the folder, or no such file.
+        BadRow: not a name, outside of the folder, no such file, or a folder without images.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise BadRow("missing_image", f"{column} is {name!r}; a file name expected")
     path = Path(os.path.normpath(folder / name))
     if not path.is_relative_to(os.path.normpath(folder)):
         raise BadRow("path_escapes", f"{column} is {name!r}, which is outside of the data folder")
-    if not path.is_file():
+    if path.is_dir() and not frames_of(path):
+        raise BadRow("missing_image", f"{column} is {name!r}: a folder without images; its frames expected")
+    if not path.exists():
         raise BadRow("missing_image", f"{column} is {name!r}: no such file")
     return ImageItem(path=path)

@@ -1,7 +1,8 @@
-"""Two folders, `chosen/` and `rejected/`: images of the same name (any extension) are a pair.
+"""Two folders, `chosen/` and `rejected/`: images or videos of the same name (any extension) are a pair.
 
-The prompt is in `chosen/<name>.txt`, or in a `captions.jsonl` or `metadata.jsonl` beside or inside the folders, with
-`file_name` and one of `prompt`, `caption`, `text`. Sub-folders are allowed, and so is a folder per split around both.
+A clip may also be a folder `<name>.frames` with one image per frame. The prompt is in `chosen/<name>.txt`, or in a
+`captions.jsonl` or `metadata.jsonl` beside or inside the folders, with `file_name` and one of `prompt`, `caption`, `text`.
+Sub-folders are allowed, and so is a folder per split around both.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from diffalign.data.readers import IMAGE_SUFFIXES, BadRow, Place, Reader, prompt_text
+from diffalign.data.readers import MEDIA_SUFFIXES, BadRow, Place, Reader, prompt_text
 from diffalign.data.record import ImageItem, Record
 from diffalign.errors import DataError
 
 CAPTIONS = ("captions.jsonl", "metadata.jsonl")
+FRAMES = ".frames"  # how the name of a folder ends that holds one clip's frames
 
 
 class Folder(Reader):
-    """`chosen/` and `rejected/` with same-named images."""
+    """`chosen/` and `rejected/` with same-named images or videos."""
 
     layout: ClassVar[str] = "folders chosen/ and rejected/ with same-named images, prompts in chosen/<name>.txt"
     beside: ClassVar[bool] = True
@@ -40,7 +42,7 @@ class Folder(Reader):
 
     def companions(self, files: Sequence[str], split: str) -> list[str]:
         around = [shard.removesuffix("chosen/") for shard in self.shards(files, split)]
-        wanted = (*IMAGE_SUFFIXES, ".txt", ".jsonl")
+        wanted = (*MEDIA_SUFFIXES, ".txt", ".jsonl")
         return [f for f in files if f.lower().endswith(wanted) and any(f.startswith(a) for a in around)]
 
     def check(self, path: Path) -> None:
@@ -59,11 +61,16 @@ class Folder(Reader):
 
 
 def _is_image(file: str | Path) -> bool:
-    return PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES
+    return PurePosixPath(file).suffix.lower() in MEDIA_SUFFIXES
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    return (p for p in folder.rglob("*") if _is_image(p) and p.is_file())
+    """Images, videos, and folders of frames in place of what is in them."""
+    for path in folder.rglob("*"):
+        if any(part.endswith(FRAMES) for part in path.relative_to(folder).parts[:-1]):
+            continue
+        if (path.is_dir() and path.name.endswith(FRAMES)) or (path.is_file() and _is_image(path)):
+            yield path
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:

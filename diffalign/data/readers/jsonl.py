@@ -1,8 +1,8 @@
-"""JSONL with image files beside it: the simplest way to bring one's own comparisons.
+"""JSONL with image or video files beside it: the simplest way to bring one's own comparisons.
 
 Each line is an object `{"prompt", "chosen", "rejected", "weight"?, "user"?}`, or `{"prompt", "image_0", "image_1",
-"label_0", "label_1"?}` with label 1, 0 or 0.5 (a tie); `caption` may stand for `prompt`. Image paths are relative to
-the JSONL's folder and may not leave it.
+"label_0", "label_1"?}` with label 1, 0 or 0.5 (a tie); `caption` may stand for `prompt`, and `video_0` and `video_1` for
+the images. Paths name images, videos or folders of frames; they are relative to the JSONL's folder and may not leave it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from diffalign.data.readers import (
-    IMAGE_SUFFIXES,
+    MEDIA_SUFFIXES,
     BadRow,
     Place,
     Reader,
@@ -33,7 +33,7 @@ EXPECTED = "prompt, chosen, rejected (weight, user) or prompt, image_0, image_1,
 
 
 class Jsonl(Reader):
-    """`*.jsonl` with paths of images."""
+    """`*.jsonl` with paths of images or videos."""
 
     layout: ClassVar[str] = f"JSONL with {EXPECTED}; image paths relative to the JSONL's folder"
     beside: ClassVar[bool] = True
@@ -43,7 +43,7 @@ class Jsonl(Reader):
         return split_files(files, split, (".jsonl",))
 
     def companions(self, files: Sequence[str], split: str) -> list[str]:
-        return [f for f in files if PurePosixPath(f).suffix.lower() in IMAGE_SUFFIXES]
+        return [f for f in files if PurePosixPath(f).suffix.lower() in MEDIA_SUFFIXES]
 
     def check(self, path: Path) -> None:
         for _, line in islice(_lines(path), 20):  # a few bad lines at the start are only bad lines
@@ -51,8 +51,8 @@ class Jsonl(Reader):
                 values = _object(line)
             except BadRow:
                 continue
-            sides = {"chosen", "rejected"} <= values.keys() or {"image_0", "image_1", "label_0"} <= values.keys()
-            if sides and ("prompt" in values or "caption" in values):
+            sides = set(_pair(values)) | (set() if "chosen" in values else {"label_0"})
+            if sides <= values.keys() and ("prompt" in values or "caption" in values):
                 return
             raise DataError(
                 f"{path}: found keys {', '.join(values) or '(none)'}; expected {EXPECTED}: check data.format"
@@ -85,7 +85,7 @@ def _object(line: bytes) -> dict[str, Any]:
 
 def _parse(line: bytes, folder: Path) -> dict[str, Any]:
     values = _object(line)
-    pair = ("chosen", "rejected") if "chosen" in values or "rejected" in values else ("image_0", "image_1")
+    pair = _pair(values)
     if pair[0] == "chosen":
         p = 1.0
     else:
@@ -98,6 +98,12 @@ def _parse(line: bytes, folder: Path) -> dict[str, Any]:
         "weight": positive(values["weight"], "weight") if values.get("weight") is not None else 1.0,
         "user": optional_text(values.get("user")),
     }
+
+
+def _pair(values: dict[str, Any]) -> tuple[str, str]:
+    """The keys under which a line has its two images."""
+    pairs = (("chosen", "rejected"), ("video_0", "video_1"))
+    return next((pair for pair in pairs if any(key in values for key in pair)), ("image_0", "image_1"))
 
 
 def _other(label_0: Any) -> float | None:
