@@ -81,8 +81,12 @@ class DenoisingFamily(Family):
     kind: ClassVar = Kind.BOUND
     resolution_step: ClassVar[int]  # image sides are multiples of this
     frame_step: ClassVar[int] = 0  # clips have 1 + a multiple of this many frames; 0: still images only
-    frames_per_second: ClassVar[int] = 8  # of the clips it makes
     timestep_sampling: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"  # how the model was trained
+
+    @property
+    def frames_per_second(self) -> int:
+        """How fast the clips play that it makes."""
+        return 8
 
     @classmethod
     def check_frames(cls, frames: int, setting: str = "data.num_frames") -> None:

@@ -101,6 +101,10 @@ class CogVideoX(VideoFamily):
         return config
 
     @property
+    def frames_per_second(self) -> int:
+        return 16 if self.padding else 8
+
+    @property
     def text_length(self) -> int:
         if self.config.max_sequence_length is not None:
             return self.config.max_sequence_length

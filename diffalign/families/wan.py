@@ -31,7 +31,6 @@ class Wan(VideoFamily, FlowFamily):
 
     title = "Wan 2.1 text-to-video (DiT; flow)"
     frame_step = 4
-    frames_per_second = 16
     architectures = ()
 
     @classmethod
@@ -45,7 +44,7 @@ class Wan(VideoFamily, FlowFamily):
         super().preflight(config)
         location = locate(config)
         if location.kind == "folder":
-            check_pipeline(json.loads((Path(location.where) / "model_index.json").read_text(encoding="utf-8")))
+            check_pipeline(read_index(Path(location.where) / "model_index.json"))
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any]) -> None:
@@ -63,6 +62,10 @@ class Wan(VideoFamily, FlowFamily):
     def load(self, *parts: str) -> None:
         super().load(*parts)
         check_pipeline(self.pipeline_config)
+
+    @property
+    def frames_per_second(self) -> int:
+        return 16
 
     @property
     def text_length(self) -> int:
@@ -101,6 +104,18 @@ class Wan(VideoFamily, FlowFamily):
             encoder_hidden_states=conditioning["encoder_hidden_states"].to(x_t.dtype),
             return_dict=False,
         )[0]
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """A pipeline folder's index.
+
+    Raises:
+        ConfigError: it is not readable.
+    """
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is not readable ({type(error).__name__}); expected a diffusers pipeline") from error
 
 
 def check_pipeline(index: Mapping[str, Any]) -> None:

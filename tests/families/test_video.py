@@ -112,6 +112,10 @@ def test_prompts_are_encoded_as_by_the_stock_pipeline(kind: str, family: VideoFa
     assert bool((short == 0).all()) == (kind == "wan")  # zeros behind the end there, encoded padding here
 
 
+def test_clips_play_at_the_models_speed(kind: str, family: VideoFamily) -> None:
+    assert family.frames_per_second == (16 if kind in ("wan", "cogvideox-1.5") else 8)
+
+
 def test_tokens_are_counted_against_what_the_encoder_takes(family: VideoFamily) -> None:
     assert family.count_tokens(PROMPTS[0]) == (5, TOKENS)
     tokens, limit = family.count_tokens(PROMPTS[1])
@@ -389,6 +393,13 @@ def test_other_models_are_refused_before_they_load(
     folder = changed(folders[kind], tmp_path / "other", file, **values)
     with pytest.raises(ConfigError, match=message):
         load_family(model_of(kind, folder))
+
+
+def test_an_index_that_is_no_json(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["wan"], tmp_path / "broken")
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"model_index\.json is not readable \(JSONDecodeError\)"):
+        load_family(model_of("wan", folder))
 
 
 def test_families_are_not_mixed_up(folders: dict[str, Path]) -> None:
