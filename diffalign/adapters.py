@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import peft
 import torch
+from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -28,14 +29,16 @@ from diffalign.config import LoraConfig
 from diffalign.errors import CheckpointError, ConfigError, did_you_mean
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d | Conv1D
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-PRESETS: dict[str, tuple[str, ...]] = {
-    "attention": _ATTENTION,
-    "attention+ff": (*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
-    "all": (),  # by place, not by ending
-}
-_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
-# In a language model the presets go by place too: names of projections differ from one architecture to the next
+PRESETS = ("attention", "attention+ff", "all")
+# The presets go by place, since names of projections differ (FLUX's to_add_out, Sana's convolutions, Qwen-Image's txt_mlp).
+# "all" is what stands in the blocks of a UNet or a transformer, modulation included; what is outside of them embeds or
+# projects out. The output projections of FLUX's single blocks take attention and feed-forward together.
+_BLOCKS = re.compile(r"((down|up|(single_)?transformer)_blocks|mid_block|blocks)\.")
+_ATTENTION = re.compile(r"\.attn\d*\.(to|add)_")
+_FEED_FORWARD = re.compile(r"\.(ff|ffn|ff_context|img_mlp|txt_mlp)\.|^single_transformer_blocks\.\d+\.proj_(mlp|out)$")
+# Text of the last block is read by nothing: adapters there have no gradient, at which DistributedDataParallel stops.
+_UNREAD = {"QwenImageTransformer2DModel": re.compile(r"\.(attn\.to_add_out|txt_mlp\.)")}
+# In a language model, too, names of projections differ from one architecture to the next
 # (q_proj, c_attn, query_key_value, Wqkv), those of the blocks they stand in hardly.
 _IN_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NOT_FEED_FORWARD = re.compile(r"mixer|mamba|ssm|router|(^|[._])gate$", re.IGNORECASE)  # state-space layers, routers
@@ -82,7 +85,10 @@ def check_lora(config: LoraConfig) -> None:
 
 
 def base_layers(network: nn.Module) -> dict[str, Layer]:
-    """Every linear and 2-d convolution layer by its path, looking through adapters that are already attached."""
+    """Every linear and 2-d convolution layer by its path, looking through adapters that are already attached.
+
+    Convolutions in groups (Sana's depthwise ones) are left out: peft has adapters for few ranks there.
+    """
     found: dict[str, Layer] = {}
     inside = "\0"  # no path starts with it
     for path, module in network.named_modules():
@@ -91,7 +97,7 @@ def base_layers(network: nn.Module) -> dict[str, Layer]:
         if isinstance(module, LoraLayer):
             inside = f"{path}."
             module = module.get_base_layer()
-        if isinstance(module, (nn.Linear, nn.Conv2d, Conv1D)):
+        if isinstance(module, (nn.Linear, nn.Conv2d, Conv1D)) and getattr(module, "groups", 1) == 1:
             found[path] = module
     return found
 
@@ -116,7 +122,7 @@ def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str
             projection: log-probabilities are computed from its frozen weight in chunks, past any adapter.
     """
     head = head_path(network)
-    paths = [path for path in base_layers(network) if path != head]
+    paths = [path for path in base_layers(network) if path != head and not _is_unread(network, path)]
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
     if not wanted:
         raise ConfigError(f"lora.targets: the list is empty; expected one of {', '.join(PRESETS)}, or name endings")
@@ -138,13 +144,24 @@ def _is_target(network: nn.Module, path: str, target: str) -> bool:
     if target not in PRESETS:
         return _ends_with(path, (target,))
     if not isinstance(network, PreTrainedModel):
-        return path.startswith(_BLOCKS) if target == "all" else _ends_with(path, PRESETS[target])
+        if _BLOCKS.match(path) is None:
+            return False
+        in_attention, in_feed_forward = _ATTENTION.search(path), _FEED_FORWARD.search(path)
+        return target == "all" or bool(in_attention) or (target == "attention+ff" and bool(in_feed_forward))
     block = re.search(r"\.\d+\.(.*)", path)  # blocks are numbered; what is outside of them projects embeddings
     if block is None:
         return False
     if target == "all" or _IN_ATTENTION.search(block[1]):
         return True
     return target == "attention+ff" and not _NOT_FEED_FORWARD.search(block[1])
+
+
+def _is_unread(network: nn.Module, path: str) -> bool:
+    pattern = _UNREAD.get(type(network).__name__)
+    if pattern is None:
+        return False
+    last = len(network.transformer_blocks) - 1  # type: ignore[arg-type]
+    return path.startswith(f"transformer_blocks.{last}.") and pattern.search(path) is not None
 
 
 def _ends_with(path: str, endings: Sequence[str]) -> bool:
@@ -252,7 +269,7 @@ def _whole(number: float) -> int:
 
 
 def _inject(network: nn.Module, settings: peft.LoraConfig, paths: Sequence[str], name: str, seed: int) -> None:
-    if not isinstance(network, (PeftAdapterMixin, PreTrainedModel)):
+    if not isinstance(network, (ModelMixin, PreTrainedModel)):
         raise TypeError(f"adapters go on diffusers and transformers models; got {type(network).__name__}")
     if name in adapter_names(network):
         raise ConfigError(f"the network already has an adapter named {name!r}; choose another name")
@@ -267,10 +284,11 @@ def _inject(network: nn.Module, settings: peft.LoraConfig, paths: Sequence[str],
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
-        if isinstance(network, PreTrainedModel):
+        if not isinstance(network, PeftAdapterMixin):
             # What transformers' `add_adapter` does, without its check: 5.24 asks for a peft that is not released yet.
+            # Some of diffusers' networks (PixArt) have no such method.
             peft.inject_adapter_in_model(settings, network, name)
-            network._hf_peft_config_loaded = True
+            network._hf_peft_config_loaded = True  # type: ignore[assignment]
             for layer in lora_layers(network).values():
                 layer.set_adapter([name] if name in layer.lora_A else [])
         else:
