@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -233,7 +234,7 @@ class PipelineFamily(DenoisingFamily):
     ) -> Tensor:
         pipeline = self._pipeline(self.network_part, "vae")
         if sampling.scheduler:
-            pipeline.scheduler = find_scheduler(sampling.scheduler).from_config(pipeline.scheduler.config)
+            pipeline.scheduler = self.other_scheduler(sampling.scheduler)
         height, width = (side * self.vae_factor for side in noise.shape[-2:])
         output = pipeline(
             **self.sample_arguments(conditioning, negative, len(noise)),
@@ -245,6 +246,14 @@ class PipelineFamily(DenoisingFamily):
             output_type="latent",
         )
         return self.from_pipeline(output[0], noise.shape)
+
+    def other_scheduler(self, name: str) -> Any:
+        """A diffusers scheduler by name, with the settings of the model's own.
+
+        Raises:
+            ConfigError: no such scheduler, or none for such a model.
+        """
+        return find_scheduler(name).from_config(self._part("scheduler").config)
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         """Latents as the stock pipeline takes them (packed into tokens, for some)."""
@@ -352,6 +361,19 @@ class FlowFamily(PipelineFamily):
             )
         shift = self.config.flow_shift
         return {} if shift is None else {shift_key(scheduler): shift}
+
+    def other_scheduler(self, name: str) -> Any:
+        # Schedulers name a flow's settings differently, and those that were made for other models have to be told.
+        scheduler, own = find_scheduler(name), self._part("scheduler").config
+        shift = own.get(shift_key(self._part("scheduler")), 1.0)
+        flow = {"shift": shift, "flow_shift": shift, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        known = inspect.signature(scheduler.__init__).parameters
+        if not {"shift", "use_flow_sigmas"} & known.keys():
+            raise ConfigError(
+                f"sampling.scheduler: {name!r} is no scheduler for flow models; expected one such as "
+                "FlowMatchEulerDiscreteScheduler, or null for the model's own"
+            )
+        return scheduler.from_config(own, **{key: value for key, value in flow.items() if key in known})
 
     def make_schedule(self, scheduler: Any) -> Schedule:
         # A shift that depends on the image's size is the sampler's: training uses the unshifted table, as diffusers'
