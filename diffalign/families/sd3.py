@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.errors import ConfigError
 from diffalign.families import Conditioning
 from diffalign.families._loading import network_config, quiet
 from diffalign.families._pipeline import FlowFamily
+from diffalign.families._transformers import check_architecture, check_channels
 from diffalign.world.names import TEXT_LENGTHS
 
 TEXT_LENGTH = 256  # of T5, in the stock pipeline
@@ -38,15 +38,8 @@ class SD3(FlowFamily):
 
     @classmethod
     def check_network(cls, config: Mapping[str, Any]) -> None:
-        if config.get("_class_name", "SD3Transformer2DModel") != "SD3Transformer2DModel":
-            raise ConfigError(
-                f"model.family is 'sd3', but this network is a {config['_class_name']}, expected SD3Transformer2DModel"
-            )
-        if config.get("out_channels") not in (None, config.get("in_channels")):
-            raise ConfigError(
-                f"this transformer takes {config.get('in_channels')} channels and returns {config['out_channels']}; "
-                "expected a text-to-image network"
-            )
+        check_architecture(config, "sd3", "SD3Transformer2DModel")
+        check_channels(config.get("in_channels", 16), config.get("out_channels") or config.get("in_channels", 16))
 
     @property
     def text_length(self) -> int:
