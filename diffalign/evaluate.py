@@ -16,7 +16,7 @@ from diffalign.data.batch import collate
 from diffalign.data.loader import PairMicroBatches
 from diffalign.policy import Policy
 from diffalign.progress import Progress
-from diffalign.sampling import Sampler, sampling_mode, stills, to_float
+from diffalign.sampling import Sampler, sampling_mode, to_float
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +104,10 @@ def compare(
 def score_all(reward: rewards.Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
     """Scores (N,) of uint8 images (N, 3, H, W); only one batch at a time is held as floats.
 
-    Of clips (N, 3, F, H, W) a reward sees the middle frame, unless it says that it judges clips.
-    """
-    seen = images if reward.clips else stills(images)
+
+def score_all(reward: rewards.Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
+    """Scores (N,) of uint8 images (N, 3, H, W) or clips (N, 3, F, H, W); only one batch at a time is held as floats."""
+    seen = images if reward.clips else rewards.stills(images)
     scores = [
         rewards.score(reward, to_float(seen[i : i + batch_size]), prompts[i : i + batch_size])
         for i in range(0, len(seen), batch_size)

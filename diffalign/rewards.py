@@ -279,6 +279,11 @@ def check_siblings() -> None:
 # ---------------------------------------------------------------- calling
 
 
+def stills(images: Tensor) -> Tensor:
+    """The middle frame of clips (N, 3, F, H, W), as rewards of pictures see them; images (N, 3, H, W) as they are."""
+    return images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
+
+
 def score(
     reward: Reward,
     images: Tensor,
@@ -292,8 +297,8 @@ def score(
 
     Args:
         reward: a loaded reward.
-        images: float RGB in [0, 1], shape (B, 3, H, W), or (B, 3, F, H, W) for a reward that judges clips. Gradient flows if
-            the reward is differentiable.
+        images: float RGB in [0, 1], shape (B, 3, H, W), or clips (B, 3, F, H, W), of which a reward of pictures sees
+            the middle frame. Gradient flows if the reward is differentiable.
         prompts: B texts.
         metadata: B dictionaries or None.
         batch_size: pictures per call of the reward.
@@ -307,6 +312,8 @@ def score(
             none; an answer of the wrong shape or not finite, with the prompts it belongs to.
     """
     name = plugins.name_of(type(reward))
+    if not reward.clips:
+        images = stills(images)
     _check_input(name, reward, images, prompts, metadata)
     scores = []
     for start in range(0, len(prompts), batch_size):

@@ -25,8 +25,8 @@ from diffalign.data.prepare import prepare
 from diffalign.errors import ConfigError
 from diffalign.families import NETWORK, load_family
 from diffalign.report import write_report
-from diffalign.rewards import Reward
-from diffalign.sampling import Sampler, save_png, stills
+from diffalign.rewards import Reward, stills
+from diffalign.sampling import Sampler, save_png
 from diffalign.trainer import TrainResult
 from diffalign.trainer import train as train_and_export
 
@@ -229,8 +229,9 @@ def test_rewards_see_the_middle_frame_or_the_clip(monkeypatch: pytest.MonkeyPatc
     assert evaluate.score_all(motion, clip / 2, ["a", "b"]).tolist() == pytest.approx([0.2, 0.2])
     assert motion.seen == (2, 3, 5, 8, 8)
     assert evaluate.score_all(motion, image, ["a", "b"]).tolist() == [0.0, 0.0]
+    assert rewards.score(picture, clip / 255, ["a", "b"]).tolist() == pytest.approx([0.4, 0.4])
     with pytest.raises(rewards.RewardError, match=r"RGB \(B, 3, H, W\) expected"):
-        rewards.score(picture, clip / 255, ["a", "b"])
+        rewards.score(motion, clip[:, 0] / 255, ["a", "b"])
 
 
 def test_an_animation_plays_at_the_models_speed(tmp_path: Path) -> None:

@@ -98,11 +98,6 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def stills(images: Tensor) -> Tensor:
-    """The middle frame of clips (N, 3, F, H, W), as rewards of pictures see them; images (N, 3, H, W) as they are."""
-    return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
-
-
 def save_png(image: Tensor, path: Path, frames_per_second: int = 8) -> None:
     """Write one uint8 image of shape (3, H, W).
 
