@@ -102,10 +102,6 @@ def compare(
 
 
 def score_all(reward: rewards.Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Scores (N,) of uint8 images (N, 3, H, W); only one batch at a time is held as floats.
-
-
-def score_all(reward: rewards.Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
     """Scores (N,) of uint8 images (N, 3, H, W) or clips (N, 3, F, H, W); only one batch at a time is held as floats."""
     seen = images if reward.clips else rewards.stills(images)
     scores = [
