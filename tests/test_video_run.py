@@ -195,6 +195,52 @@ def test_the_number_of_sampled_frames_can_differ(name: str, run: RunConfig) -> N
     assert sampler.images([0], seed=0).shape == (1, 3, 32, 32)
 
 
+BRIGHTNESS = '''
+"""How bright a picture is."""
+
+import torch
+
+from diffalign.rewards import Reward
+
+
+class Brightness(Reward):
+    """The mean over all pixels."""
+
+    range, unit, differentiable, weights, licence, gap = (0.0, 1.0), "a share", True, None, "none", "none"
+
+    def __init__(self, device="cpu", dtype=torch.float32):
+        pass
+
+    def __call__(self, images, prompts, metadata=None):
+        assert images.ndim == 4
+        return images.flatten(1).mean(1)
+'''
+
+
+def test_clips_are_sampled_for_training(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """D3PO on trajectories of clips, judged by their middle frames."""
+    (tmp_path / "brightness.py").write_text(BRIGHTNESS)
+    config = make_config(
+        tmp_path / "run",
+        name,
+        folders[name],
+        tmp_path,
+        data={"sources": [], "format": "pickapic"},
+        objective={"name": "d3po", "beta_dpo": None},
+        rollout={
+            "prompts": list(PROMPTS[:2]),
+            "rewards": [str(tmp_path / "brightness.py")],
+            "samples_per_prompt": 2,
+            "num_inference_steps": 3,
+        },
+        evaluation={"prompts": []},
+    )
+    train(config)
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+
+
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
