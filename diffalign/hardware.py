@@ -102,7 +102,11 @@ def resolve_auto(config: RunConfig, accelerator: Accelerator) -> RunConfig:
 
 
 def configure_network(network: Any, training: TrainingConfig) -> None:
-    """Checkpointing, attention backend, memory format and compilation, all through diffusers."""
+    """Checkpointing, attention backend, memory format and compilation, all through diffusers.
+
+    Raises:
+        ConfigError: this network or device cannot do one of them.
+    """
     if training.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if training.attention == "xformers":
@@ -113,9 +117,19 @@ def configure_network(network: Any, training: TrainingConfig) -> None:
         except ValueError as error:  # no CUDA device
             raise ConfigError(f"training.attention 'xformers': {str(error).splitlines()[0]}; use 'default'") from error
     if training.channels_last:
-        network.to(memory_format=torch.channels_last)
+        try:
+            network.to(memory_format=torch.channels_last)
+        except RuntimeError as error:  # a convolution over frames, too
+            raise ConfigError(
+                f"training.channels_last: {type(network).__name__} has convolutions that are not of images; remove it"
+            ) from error
     if training.compile:
-        network.compile_repeated_blocks()
+        try:
+            network.compile_repeated_blocks()
+        except ValueError as error:
+            raise ConfigError(
+                f"training.compile: diffusers does not say which blocks of {type(network).__name__} repeat; remove it"
+            ) from error
 
 
 def memory_gb(device: torch.device) -> float:

@@ -15,11 +15,12 @@ from families.tiny_video import TOKENS, build_cogvideox, build_wan
 from torch import Tensor, nn
 
 from diffalign import adapters
-from diffalign.config import LoraConfig, ModelConfig, SamplingConfig
+from diffalign.config import LoraConfig, ModelConfig, SamplingConfig, TrainingConfig
 from diffalign.errors import ConfigError
 from diffalign.families import DECODER, ENCODERS, NETWORK, Conditioning, load_family
 from diffalign.families._video import VideoFamily
 from diffalign.families.cogvideox import CogVideoX
+from diffalign.hardware import configure_network
 from diffalign.policy import Policy
 from diffalign.prediction import add_noise, target
 
@@ -301,6 +302,13 @@ def test_checkpointing_changes_no_gradient(family: VideoFamily) -> None:
         gradients.append([parameter.grad for parameter in trained])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize(("kind", "setting"), [("wan", "channels_last"), ("cogvideox-5b", "compile")])
+def test_what_a_network_cannot_do_is_said(kind: str, setting: str, folders: dict[str, Path]) -> None:
+    family = open_family(kind, folders[kind], NETWORK)
+    with pytest.raises(ConfigError, match=rf"training\.{setting}: .*Transformer3DModel .*; remove it"):
+        configure_network(family.network, TrainingConfig(**{setting: True}))
 
 
 def test_one_step_lowers_the_denoising_error(family: VideoFamily) -> None:
