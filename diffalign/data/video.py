@@ -8,7 +8,8 @@ stored, so that the same file always gives the same frames.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from PIL import Image, ImageSequence
 
@@ -37,7 +38,7 @@ def frame_numbers(count: int, frames: int, stride: int | None = None) -> list[in
     needed = frames if stride is None else 1 + (frames - 1) * stride
     if count < needed:
         with_stride = f" ({frames} at a stride of {stride})" if stride is not None and frames > 1 else ""
-        raise TooShort(f"{count} frames; at least {needed} needed{with_stride}")
+        raise TooShort(f"{count} frame{'' if count == 1 else 's'}; at least {needed} needed{with_stride}")
     if frames == 1:
         return [0]
     if stride is not None:
@@ -95,20 +96,29 @@ def _video(data: bytes, frames: int, stride: int | None) -> list[Image.Image]:
         import av
     except ImportError as error:
         raise MissingExtraError("av", "video", "a video file in the data") from error
+
+    def decoded(container: Any) -> Iterator[Any]:
+        container.streams.video[0].thread_type = "AUTO"
+        return container.decode(video=0)  # type: ignore[no-any-return]
+
     try:
-        count = 1
-        if frames > 1:  # what a container says of its length is often missing, and sometimes wrong
+        # What a container says of its length is often missing, and sometimes wrong: all is decoded to count the frames,
+        # but where the numbers of the frames do not depend on it.
+        count = 1 + (frames - 1) * (stride or 1)
+        if frames > 1 and stride is None:
             with av.open(io.BytesIO(data)) as container:
-                count = sum(1 for _ in container.decode(video=0))
+                count = sum(1 for _ in decoded(container))
         wanted = frame_numbers(count, frames, stride)
-        taken = {}
+        taken, seen = {}, 0
         with av.open(io.BytesIO(data)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
+            for number, frame in enumerate(decoded(container)):
+                seen = number + 1
                 if number in wanted:
                     # Degrees counter-clockwise by which the stored picture must be turned; phones store it sideways.
                     taken[number] = frame.to_image().rotate(frame.rotation, expand=True)
                 if number == wanted[-1]:
                     break
+        frame_numbers(seen, frames, stride)  # refuses what ended too early
         return _of_one_size([taken[number] for number in wanted])
     except (*DECODING_ERRORS, av.FFmpegError) as error:
         raise UndecodableImage(reason(error)) from error

@@ -173,10 +173,30 @@ def test_video_files_are_decoded_by_pyav(container: str, codec: str) -> None:
     assert shades(decode_clip([data], 5)) == [0, 3, 6, 8, 11]
     assert shades(decode_clip([data], 5, stride=2)) == [0, 2, 4, 6, 8]
     assert shades(decode_clip([data], 1)) == [0]
-    with pytest.raises(TooShort, match="12 frames"):
+    with pytest.raises(TooShort, match="12 frames; at least 13 needed"):
         decode_clip([data], 13)
+    with pytest.raises(TooShort, match=r"12 frames; at least 13 needed \(5 at a stride of 3\)"):
+        decode_clip([data], 5, stride=3)
     with pytest.raises(UndecodableImage):
         decode_clip([data[:60]], 5)
+
+
+def test_videos_are_turned_upright() -> None:
+    av = pytest.importorskip("av", minversion="18.1")  # which can write such files
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as file:
+        stream = file.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.set_display_rotation(90)
+        stored = np.zeros((32, 48, 3), dtype=np.uint8)
+        stored[:, :16] = 255  # the left third: at the bottom once it is turned counter-clockwise
+        for _ in range(5):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
+        file.mux(stream.encode())
+    shown = np.asarray(decode_clip([out.getvalue()], 5)[0])
+    assert shown.shape == (48, 32, 3)
+    assert shown[-8:].mean() > 250
+    assert shown[:8].mean() < 5
 
 
 # --- the same for all frames -----------------------------------------------------------------------------------------
