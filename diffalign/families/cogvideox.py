@@ -115,6 +115,10 @@ class CogVideoX(VideoFamily):
         """Copies of the first latent frame that go before it."""
         return 0 if self.network_config.get("patch_size_t") is None else 1
 
+    def fingerprint(self) -> dict[str, str]:
+        # What is cached depends on the network, too, where the same encoders stand before another one.
+        return super().fingerprint() | {"max_sequence_length": str(self.text_length), "padding": str(self.padding)}
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         latents = super().encode_images(pixels)
         return torch.cat([latents[:, :, :1]] * self.padding + [latents], dim=2)

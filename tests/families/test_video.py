@@ -152,6 +152,17 @@ def test_latents_are_scaled_posterior_means(kind: str, family: VideoFamily, stoc
     assert latents.shape[2] == 1 + (FRAMES - 1) // 4
 
 
+def test_a_cache_of_another_network_is_told_apart(folders: dict[str, Path], tmp_path: Path) -> None:
+    def found(folder: Path, **options: Any) -> dict[str, str]:
+        return load_family(model_of("cogvideox-5b", folder, **options)).fingerprint()  # type: ignore[attr-defined,no-any-return]
+
+    five = folders["cogvideox-5b"]
+    newer = changed(five, tmp_path / "1.5", "transformer/config.json", patch_size_t=2)  # the same encoders
+    longer = changed(five, tmp_path / "longer", "transformer/config.json", max_text_seq_length=20)
+    assert len({tuple(found(folder).items()) for folder in (five, newer, longer)}) == 3
+    assert found(five, max_sequence_length=20) == found(longer)
+
+
 def test_decoding_is_the_stock_pipelines(kind: str, family: VideoFamily, stock: Any) -> None:
     latents = family.encode_images(pixels())
     with torch.no_grad():
