@@ -221,6 +221,9 @@ class RolloutConfig:
         shared_start: all images of a prompt start from the same noise (D3PO: true; PSO: false).
         steps_per_sample: of every trajectory, how many of its steps are trained, drawn at random; null: all that have a
             density for trajectory objectives, and 1 for points on the way (Diffusion-DRO).
+        first_step: the first sampler step that transition objectives train (SPO: 4 of 20).
+        reward_scale, keep_threshold: of SPO: a step is trained if tanh(reward_scale (best - worst) / 2), the gap of the two
+            candidates' probabilities, is above the threshold (published: 0.3, 0.4 for SDXL, at a logit scale of about 100).
         select: which image of a group an objective on chosen images learns from: "best", or "bradley_terry": drawn in
             proportion to exp(reward / select_temperature), as people would choose (arXiv 2407.09499).
         select_temperature: of "bradley_terry".
@@ -239,6 +242,9 @@ class RolloutConfig:
     eta: float | None = None
     shared_start: bool = True
     steps_per_sample: int | None = None
+    first_step: int = 0
+    reward_scale: float = 1.0
+    keep_threshold: float = 0.3
     select: Literal["best", "bradley_terry"] = "best"
     select_temperature: float = 0.2
 

@@ -40,11 +40,21 @@ class RewardResult:
 
 @dataclass
 class Evaluation:
-    """Everything measured at the end of a run."""
+    """Everything measured at the end of a run.
+
+    Attributes:
+        prompts, images_per_prompt, seed: what was sampled.
+        drift: root mean square difference of pixels in [0, 1] between base and adapter from the same noise.
+        diversity: the same between images of one prompt from different noise, of "base" and "aligned"; empty with one
+            image per prompt.
+        results, scores: by reward.
+    """
 
     prompts: int
     images_per_prompt: int
     seed: int
+    drift: float = 0.0
+    diversity: dict[str, float] = field(default_factory=dict)
     results: list[RewardResult] = field(default_factory=list)
     scores: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
 
@@ -64,6 +74,8 @@ class Evaluation:
             "prompts": self.prompts,
             "images_per_prompt": self.images_per_prompt,
             "evaluation_seed": self.seed,
+            "drift": self.drift,
+            "diversity": self.diversity,
             "rewards": [asdict(result) for result in self.results],
         }
 
@@ -88,6 +100,12 @@ def compare(
                 progress=progress.advance,
             )
     evaluation = Evaluation(len(sampler.prompts), config.images_per_prompt, config.seed)
+    evaluation.drift = pixel_distance(images["base"], images["aligned"])
+    if config.images_per_prompt > 1:
+        count = config.images_per_prompt
+        for side, image in images.items():
+            by_prompt = image.view(-1, count, *image.shape[1:])
+            evaluation.diversity[side] = pixel_distance(by_prompt[:, :-1].flatten(0, 1), by_prompt[:, 1:].flatten(0, 1))
     prompts = [prompt for prompt in sampler.prompts for _ in range(config.images_per_prompt)]
     for name in config.rewards:
         reward = rewards.load(name, device=device)
@@ -99,6 +117,12 @@ def compare(
         evaluation.scores[name] = {side: value.tolist() for side, value in scores.items()}
     step = config.images_per_prompt
     return evaluation, images["base"][::step], images["aligned"][::step]
+
+
+def pixel_distance(one: Tensor, other: Tensor) -> float:
+    """Root mean square difference of uint8 images, in units of [0, 1]: per image, then the mean over images."""
+    difference = (one.float() - other.float()) / 255
+    return float(difference.square().flatten(1).mean(1).sqrt().mean())
 
 
 def score_all(reward: rewards.Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:

@@ -83,7 +83,7 @@ class Outputs:
     def finish(
         self,
         policy: Policy,
-        dataset: PairMicroBatches,
+        dataset: PairMicroBatches | None,
         held_out: Sequence[int],
         *,
         step: int,
@@ -116,8 +116,8 @@ class Outputs:
         log.info("adapter %s; report %s", files["diffusers"], report)
         return result or None
 
-    def _held_out(self, policy: Policy, dataset: PairMicroBatches, held_out: Sequence[int]) -> dict[str, Any]:
-        if not held_out or not self.config.objective.reads_reference():
+    def _held_out(self, policy: Policy, dataset: PairMicroBatches | None, held_out: Sequence[int]) -> dict[str, Any]:
+        if dataset is None or not held_out or not self.config.objective.reads_reference():
             return {}
         return held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
 

@@ -31,6 +31,9 @@ class Policy:
         autocast: makes the mixed-precision context, entered for policy and reference alike.
         denoising: where and how errors are measured.
         reference: what the policy is compared with; None: the network with its adapters off.
+
+    Attributes:
+        forwards: images that went through the network so far, of policy, reference and sampler, with or without gradient.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Policy:
         self.autocast = autocast
         self.denoising = DenoisingConfig() if denoising is None else denoising
         self.reference = reference
+        self.forwards = 0
 
     @property
     def num_timesteps(self) -> int:
@@ -65,6 +69,7 @@ class Policy:
             return self._call(self.bare, x_t, t, conditioning)
 
     def _call(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.forwards += len(x_t)
         return self.family.predict(network, x_t.to(self.family.dtype), self.family.schedule.time(t), conditioning)
 
     def errors(

@@ -132,7 +132,7 @@ def _check_image_rollout(config: RunConfig) -> None:
         )
     if not from_data and rollout.samples_per_prompt < 2:
         raise ConfigError(f"rollout.samples_per_prompt: got {rollout.samples_per_prompt}; a group has at least 2")
-    if objective.source == "trajectories" and rollout.eta == 0:
+    if objective.source in ("trajectories", "candidates") and rollout.eta == 0:
         raise ConfigError("rollout.eta: got 0; a deterministic sampler's transitions have no density; take 1")
     if config.reference.scheme in ("mixture", "momentum") and objective.source != "data":
         raise ConfigError(
@@ -210,6 +210,9 @@ _ONLY: dict[str, tuple[str, ...]] = {
                 "eta",
                 "shared_start",
                 "steps_per_sample",
+                "first_step",
+                "reward_scale",
+                "keep_threshold",
                 "select",
                 "select_temperature",
             )

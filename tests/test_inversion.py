@@ -30,7 +30,7 @@ class Known(Policy):
         self.noise, self.calls = noise, []
         self.denoising = DenoisingConfig(**denoising)
         self.bare = self.network = None
-        self.reference = None
+        self.reference, self.forwards = None, 0
         from contextlib import nullcontext
 
         self.autocast = nullcontext

@@ -111,6 +111,7 @@ class ImageJob(Job):
 
     def start(self, network: nn.Module, bare: nn.Module, reference: Reference) -> None:
         self.policy = Policy(self.family, network, bare, self.autocast, self.config.denoising, reference)
+        self.forwards_before = 0  # images through the network before the run was resumed
         self.estimator = self.objective.estimator()
         self.rollouts = self._rollouts() if self.online else None
         self.outputs = Outputs(
@@ -184,17 +185,23 @@ class ImageJob(Job):
             self.outputs.sample_grid(step, adapters=adapters)
 
     def finish(self, step: int, facts: dict[str, Any]) -> dict[str, Any] | None:
+        facts = facts | {"image_forwards": self.forwards_before + self.policy.forwards * self.accelerator.num_processes}
         return self.outputs.finish(self.policy, self.dataset, self.kept_out, step=step, facts=facts)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {} if self.estimator is None else self.estimator.state_dict()
-        return state if self.rollouts is None else {"estimator": state, "rollouts": self.rollouts.state_dict()}
+        forwards = self.forwards_before + self.policy.forwards * self.accelerator.num_processes
+        state = {
+            "estimator": {} if self.estimator is None else self.estimator.state_dict(),
+            "rollouts": {} if self.rollouts is None else self.rollouts.state_dict(),
+        }
+        return {name: value for name, value in state.items() if value} | {"image_forwards": forwards}
 
     def load_state_dict(self, state: Any) -> None:
         if self.estimator is not None:
-            self.estimator.load_state_dict(state if self.rollouts is None else state["estimator"])
+            self.estimator.load_state_dict(state.get("estimator", {}))
         if self.rollouts is not None:
             self.rollouts.load_state_dict(state.get("rollouts", {}))
+        self.forwards_before = int(state.get("image_forwards", 0))
 
 
 def rewards_of(layout: Layout) -> Tensor | None:

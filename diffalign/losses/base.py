@@ -20,6 +20,7 @@ from torch import Tensor
 from diffalign.losses.layouts import Groups, Items, Layout, Lists, Pairs
 from diffalign.losses.scores import CAPABILITIES, Cap, Kind, Scores
 
+Source: TypeAlias = Literal["data", "generated", "on_policy", "trajectories", "candidates"]
 AnyLayout: TypeAlias = Layout | Pairs | Items | Groups | Lists
 # (log-softmax of the policy (..., V), labels (...), log-softmax of the reference or None) -> statistic (...)
 TokenStatistic: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -171,7 +172,8 @@ class Objective(ABC):
             "renoise_inversion" run a sampler backwards, and the target is the noise that the result implies.
         source: where the rows come from. "data": stored images. "generated": the rejected image is sampled by the reference.
             "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
-            prediction. "trajectories": stored transitions of sampled images, one row each.
+            prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
+            latents drawn from one latent.
     """
 
     name: ClassVar[str]
@@ -187,7 +189,7 @@ class Objective(ABC):
     aliases: ClassVar[Mapping[str, str]] = {}
     noise: ClassVar[Literal["shared", "independent"]] = "shared"
     noising: ClassVar[Literal["forward", "ddim_inversion", "renoise_inversion"]] = "forward"
-    source: ClassVar[Literal["data", "generated", "on_policy", "trajectories"]] = "data"
+    source: ClassVar[Source] = "data"
 
     def check(self, kind: Kind) -> None:
         """Refuse a kind of score on which this objective, with these settings, means nothing.

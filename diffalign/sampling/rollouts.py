@@ -14,6 +14,7 @@ What a round holds follows from the objective's `source` and layout:
 | generated | chosen images of the data against images that the reference samples of the same prompts |
 | on_policy | chosen images of the data against points of the policy's own trajectories, with its predictions as targets |
 | trajectories | stored transitions of the best and the worst of K trajectories |
+| candidates | at every step the best and the worst of K next latents from the same latent |
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from diffalign.errors import ConfigError
 from diffalign.families import DECODER, Conditioning, DenoisingFamily
 from diffalign.losses import Groups, Items, Kind, Layout, Lists, Objective, Pairs, Scores
 from diffalign.policy import Policy
+from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
 from diffalign.sampling import sampling_mode
 from diffalign.sampling.trajectories import Grid, Trajectory, log_density, make_grid, next_mean, sample
 from diffalign.schedules import generator_for
 
 log = logging.getLogger(__name__)
+TRANSITIONS = ("trajectories", "candidates")  # sources of transitions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ def samples_images(config: RunConfig) -> bool:
 
 def kind_of(objective: Objective) -> Kind:
     """The kind of score that an image run gives an objective."""
-    return Kind.STEP if objective.source == "trajectories" else Kind.BOUND
+    return Kind.STEP if objective.source in TRANSITIONS else Kind.BOUND
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,29 @@ class Sampled:
     trajectory: Trajectory
     reward: Tensor
     rewards: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transition:
+    """One step of two trajectories, the better one first.
+
+    Attributes:
+        id: of the pair.
+        prompt: its number.
+        step: number of the step in the grid.
+        x, x_next: latents before and after it, (2, ...).
+        rewards: (2, R).
+        p, weight: of the pair.
+    """
+
+    id: str
+    prompt: int
+    step: int
+    x: Tensor
+    x_next: Tensor
+    rewards: Tensor
+    p: float = 1.0
+    weight: float = 1.0
 
 
 class ImageRollouts:
@@ -150,14 +176,13 @@ class ImageRollouts:
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
         source = self.objective.source
-        self.eta = self.rollout.eta if self.rollout.eta is not None else float(source == "trajectories")
+        self.eta = self.rollout.eta if self.rollout.eta is not None else float(source in TRANSITIONS)
         self.grid = self._grid()
         self.share = samples_per_process(config, self.grid, self.eta)
         count = self.share * accelerator.num_processes
         total = len(self.kept) if self.from_data else len(prompts)
         self.plan = BatchPlan(range(total), [(0, 0)] * total, count, config.seed)
         self._round: tuple[int, list[list[AnyBatch]]] | None = None
-        self.forwards = 0  # images through the network for sampling
 
     @property
     def from_data(self) -> bool:
@@ -208,7 +233,6 @@ class ImageRollouts:
         empty = {name: value.to(device).expand(count, *value.shape[1:]) for name, value in self._without().items()}
 
         def call(x: Tensor, times: Tensor) -> Tensor:
-            self.forwards += len(x) * (2 if scale != 1 else 1)
             return guided(self.policy, self.policy.bare, x, times, here, empty, scale)
 
         return call
@@ -287,6 +311,8 @@ class ImageRollouts:
         chosen = [index for index, _ in mine]
         if self.objective.source == "trajectories":
             return self._steps(self.sample(chosen, names, self.rollout.samples_per_prompt, number), number)
+        if self.objective.source == "candidates":
+            return self._candidates(chosen, names, number)
         if self.from_data:
             return self._against_data(mine, names, number)
         made = self.sample(chosen, names, self.rollout.samples_per_prompt, number)
@@ -455,39 +481,126 @@ class ImageRollouts:
 
     def _steps(self, made: list[Sampled], number: int) -> list[list[AnyBatch]]:
         """Transitions of the best and the worst trajectory of every prompt, in random order."""
-        steps = self.grid.random_steps(self.eta)
-        count = self.rollout.steps_per_sample or len(steps)
-        entries: list[tuple[Sampled, int]] = []
+        entries: list[Transition] = []
         for one in made:
-            order = torch.randperm(len(steps), generator=generator_for(self.config.seed, f"{one.id} steps", number))
-            entries += [(one, steps[i]) for i in order[:count].tolist()]
+            best, worst = int(one.reward.argmax()), int(one.reward.argmin())
+            tie = bool(one.reward[best] == one.reward[worst])
+            sides = [0, 1] if tie else [best, worst]
+            latents = one.trajectory.latents
+            entries += [
+                Transition(
+                    id=f"{one.id}/{step}",
+                    prompt=one.prompt,
+                    step=step,
+                    x=latents[step][sides],
+                    x_next=latents[step + 1][sides],
+                    rewards=one.rewards[sides],
+                    p=0.5 if tie else 1.0,
+                    weight=0.0 if tie else 1.0,
+                )
+                for step in self._some(candidate_steps(self.config, self.grid, self.eta), one.id, number)
+            ]
+        return self._shuffled(entries, number)
+
+    def _some(self, steps: list[int], name: str, number: int) -> list[int]:
+        """`steps_per_sample` of the steps, drawn at random."""
+        order = torch.randperm(len(steps), generator=generator_for(self.config.seed, f"{name} steps", number))
+        return [steps[i] for i in order[: self.rollout.steps_per_sample or len(steps)].tolist()]
+
+    def _shuffled(self, entries: list[Transition], number: int) -> list[list[AnyBatch]]:
         order = torch.randperm(len(entries), generator=generator_for(self.config.seed, "transitions", number))
         return self._slices([entries[i] for i in order.tolist()], self._transitions)
 
-    def _transitions(self, entries: list[tuple[Sampled, int]]) -> StepBatch:
-        sides = [(int(one.reward.argmax()), int(one.reward.argmin())) for one, _ in entries]
-        tie = [
-            best == worst or bool(one.reward[best] == one.reward[worst])
-            for (best, worst), (one, _) in zip(sides, entries)
-        ]
-        rows = [(one, side[0], step) for side, (one, step) in zip(sides, entries)]
-        rows += [(one, side[1] if side[1] != side[0] else 1, step) for side, (one, step) in zip(sides, entries)]
-        steps = torch.tensor([step for _, _, step in rows])
+    def _candidates(self, chosen: Sequence[int], names: Sequence[str], number: int) -> list[list[AnyBatch]]:
+        """At every step the best and the worst of several next latents from the same latent; a random one goes on (SPO)."""
+        count, entries = self.rollout.samples_per_prompt, []
+        size = max(1, self.config.sampling.batch_size // count)
+        steps = candidate_steps(self.config, self.grid, self.eta)
+        with self._sampler():
+            for start in range(0, len(chosen), size):
+                part, labels = chosen[start : start + size], names[start : start + size]
+                wanted = [set(self._some(steps, name, number)) for name in labels]
+                entries += self._branch(part, labels, wanted, count, number)
+        return self._shuffled(entries, number)
+
+    def _branch(
+        self, chosen: Sequence[int], names: Sequence[str], wanted: list[set[int]], count: int, number: int
+    ) -> list[Transition]:
+        device, found = self.accelerator.device, []
+        one, many = self.conditioning(chosen), self.conditioning([i for i in chosen for _ in range(count)])
+        predict, predict_many = self.predict(one), self.predict(many)
+        x = torch.stack([self._noise(f"{name}/0", number) for name in names]).to(device)
+        for step in range(len(self.grid)):
+            times = self.grid.times[step].to(device).expand(len(x))
+            steps = torch.full((len(x),), step)
+            deviation = torch.full((len(x),), self.grid.deviation(step, self.eta), device=device)
+            mean = next_mean(self.grid, steps, x, predict(x, times), deviation)
+            if deviation[0] == 0:
+                x = mean
+                continue
+            xi = torch.stack([self._noise(f"{name}/{k}/{step}", number) for name in names for k in range(count)])
+            spread = append_dims(deviation.repeat_interleave(count), xi.to(device)) * xi.to(device)
+            candidates = mean.repeat_interleave(count, 0) + spread
+            picks = [
+                int(torch.randint(count, (), generator=generator_for(self.config.seed, f"{name} pick {step}", number)))
+                for name in names
+            ]
+            if any(step in some for some in wanted):
+                rewards_ = self._reward(
+                    self._clean(predict_many, candidates, step + 1),
+                    [self.prompts[i] for i in chosen for _ in range(count)],
+                )
+                total = (rewards_ @ torch.tensor(self.weights)).view(-1, count)
+                for n, name in enumerate(names):
+                    best, worst = int(total[n].argmax()), int(total[n].argmin())
+                    clear = torch.tanh(self.rollout.reward_scale * (total[n, best] - total[n, worst]) / 2)
+                    if step not in wanted[n]:
+                        continue
+                    sides = [n * count + best, n * count + worst]
+                    found.append(
+                        Transition(
+                            id=f"{name}/{step}",
+                            prompt=chosen[n],
+                            step=step,
+                            x=x[[n, n]].cpu(),
+                            x_next=candidates[sides].cpu(),
+                            rewards=rewards_[sides],
+                            weight=float(clear > self.rollout.keep_threshold),
+                        )
+                    )
+            x = candidates[[n * count + pick for n, pick in enumerate(picks)]]
+        return found
+
+    def _clean(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, step: int) -> Tensor:
+        """The clean latents that the network predicts at a level of the grid; the last level is clean already."""
+        if step == len(self.grid):
+            return x
+        ones = torch.ones(len(x), device=x.device)
+        output = predict(x, self.grid.times[step].to(x.device).expand(len(x)))
+        alpha, sigma = float(self.grid.alphas[step]) * ones, float(self.grid.sigmas[step]) * ones
+        return convert(output, x, alpha, sigma, self.grid.prediction_type, "sample")
+
+    def _transitions(self, entries: list[Transition]) -> StepBatch:
+        """Pairs of transitions, chosen rows first; weights of kept candidates are scaled to a mean of 1."""
+        weight = torch.tensor([e.weight for e in entries])
+        if self.objective.source == "candidates":
+            weight = weight * len(weight) / weight.sum().clamp(min=1)
         pairs = Pairs.halves(
             len(entries),
-            p=torch.tensor([0.5 if t else 1.0 for t in tie]),
-            weight=torch.tensor([0.0 if t else 1.0 for t in tie]),
-            reward_w=torch.stack([one.rewards[side[0]] for side, (one, _) in zip(sides, entries)]),
-            reward_l=torch.stack([one.rewards[side[1]] for side, (one, _) in zip(sides, entries)]),
+            p=torch.tensor([e.p for e in entries]),
+            weight=weight,
+            reward_w=torch.stack([e.rewards[0] for e in entries]),
+            reward_l=torch.stack([e.rewards[1] for e in entries]),
         )
-        conditioning = self.conditioning([one.prompt for one, _, _ in rows])
+        rows = [*entries, *entries]
+        steps = torch.tensor([e.step for e in rows])
         return StepBatch(
-            ids=tuple(f"{one.id}/{step}" for one, step in entries),
-            x=torch.stack([one.trajectory.latents[step][k] for one, k, step in rows]),
-            x_next=torch.stack([one.trajectory.latents[step + 1][k] for one, k, step in rows]),
+            ids=tuple(e.id for e in entries),
+            x=torch.cat([torch.stack([e.x[side] for e in entries]) for side in (0, 1)]),
+            x_next=torch.cat([torch.stack([e.x_next[side] for e in entries]) for side in (0, 1)]),
             step=steps,
             t=self.grid.timesteps[steps],
-            conditioning=conditioning,
+            conditioning=self.conditioning([e.prompt for e in rows]),
             negative={name: v.expand(len(rows), *v.shape[1:]).clone() for name, v in self._without().items()},
             layout=Layout(pairs=pairs),
         )
@@ -567,6 +680,7 @@ def guided(
         scale: 1 is no guidance, and the negative branch is not computed.
     """
     family = policy.family
+    policy.forwards += len(x) * (1 if scale == 1 else 2)
     with policy.autocast():
         if scale == 1:
             return family.predict(network, x.to(family.dtype), times, conditioning).float()
@@ -574,6 +688,11 @@ def guided(
         output = family.predict(network, torch.cat([x, x]).to(family.dtype), torch.cat([times, times]), both).float()
     with_prompt, without = output.chunk(2)
     return without + scale * (with_prompt - without)
+
+
+def candidate_steps(config: RunConfig, grid: Grid, eta: float) -> list[int]:
+    """Steps of the grid that have a density and are not before `rollout.first_step`."""
+    return [step for step in grid.random_steps(eta) if step >= config.rollout.first_step]
 
 
 def samples_per_process(config: RunConfig, grid: Grid, eta: float) -> int:
@@ -588,8 +707,8 @@ def samples_per_process(config: RunConfig, grid: Grid, eta: float) -> int:
     assert training.train_batch_size != "auto", "resolved before"
     size = training.train_batch_size * training.gradient_accumulation_steps * rollout.steps_per_generation
     layout, each, what = objective.needs.layout, 1, ""
-    if objective.source == "trajectories":
-        possible = len(grid.random_steps(eta))
+    if objective.source in TRANSITIONS:
+        possible = len(candidate_steps(config, grid, eta))
         each = rollout.steps_per_sample or possible
         what = f"{each} trained steps of a trajectory"
         if not 1 <= each <= possible:

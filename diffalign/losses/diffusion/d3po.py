@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from diffalign.losses import links
-from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, as_rows, detached, needs
+from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, Source, as_rows, detached, needs
 from diffalign.losses.diffusion._common import Refusing, one_of
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.pairwise import pair_metrics
@@ -61,7 +61,7 @@ class ClippedPair(Refusing, BetaObjective):
         Kind.TOKEN: "its ratio is clipped per denoising transition, a mean over the elements of a latent; a text has none"
     }
     instead: ClassVar[str] = "use 'dpo'"
-    source: ClassVar[Literal["data", "generated", "on_policy", "trajectories"]] = "trajectories"
+    source: ClassVar[Source] = "trajectories"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from diffalign.losses.base import AnyLayout, LossOut, Needs, Objective, detached, needs
+from diffalign.losses.base import AnyLayout, LossOut, Needs, Objective, Source, detached, needs
 from diffalign.losses.diffusion._common import either_way, one_of, positive
 from diffalign.losses.layouts import Layout
 from diffalign.losses.pairwise import pair_metrics
@@ -60,7 +60,7 @@ class DiffusionDRO(Objective):
     needs: ClassVar[Needs] = needs("pairs", caps=(Cap.DIFFERENCE, Cap.ERROR))
     parity: ClassVar[str] = "basiclab/DiffusionDRO train.py (formula)"
     instead: ClassVar[str] = "use 'hinge', whose margin is in units of beta times log-ratios"
-    source: ClassVar[Literal["data", "generated", "on_policy", "trajectories"]] = "on_policy"
+    source: ClassVar[Source] = "on_policy"
 
     def __post_init__(self) -> None:
         positive(self, "margin")

@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffalign.losses.base import AnyLayout, LossOut, Needs, detached, needs
+from diffalign.losses.base import AnyLayout, LossOut, Needs, Source, detached, needs
 from diffalign.losses.diffusion._common import one_of
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.pairwise import LogisticPair
@@ -65,7 +65,7 @@ class SePPO(LogisticPair):
         "no training code is public; beta, what sign(0) is, and whether winner and generated image share their noise"
     )
     instead: ClassVar[str] = "use 'dpo' on generated losers"
-    source: ClassVar[Literal["data", "generated", "on_policy", "trajectories"]] = "generated"
+    source: ClassVar[Source] = "generated"
 
     def __post_init__(self) -> None:
         super().__post_init__()

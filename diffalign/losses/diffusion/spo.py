@@ -25,6 +25,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from diffalign.losses.base import Source
 from diffalign.losses.diffusion.d3po import ClippedPair
 from diffalign.losses.scores import Kind, lift
 
@@ -67,3 +68,4 @@ class SPO(ClippedPair):
     )
     parity: ClassVar[str] = "RockeyCoss/SPO train_scripts (formula)"
     default_beta: ClassVar[Mapping[Kind, float]] = {Kind.STEP: 10.0}
+    source: ClassVar[Source] = "candidates"

@@ -1,0 +1,210 @@
+"""Run the image objectives on equal footing and write docs/benchmarks/objectives.md.
+
+    python scripts/benchmark_objectives.py --out runs/objectives --seeds 0 1 2 --jobs 2
+    python scripts/benchmark_objectives.py --out runs/objectives --only demo_dpo demo_d3po --base tiny-sd3
+    python scripts/benchmark_objectives.py --out runs/objectives --table        # only the table, from what is there
+
+Equal footing: the same base, the same pairs and prompts by seed, the same evaluation prompts and noise, and the same number
+of *image forwards*: every image that goes through the network counts once, with or without gradient, of policy, reference,
+inversion and sampler alike. The steps of a config are scaled so that it spends the budget; what it spent in the end is in the
+table. A run that is there already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from diffalign import statistics
+from diffalign.config import config_folder, read_tree
+
+ROOT = Path(__file__).resolve().parent.parent
+BASES = {"tiny-sdxl": "sdxl", "tiny-sd3": "sd3"}
+BUDGET = 20_480  # image forwards: 320 steps of Diffusion-DPO on 16 pairs
+PROBE = "probe"
+
+
+def configs() -> list[str]:
+    """Names of the demos that train on images."""
+    names = []
+    for path in sorted(config_folder().glob("demo_*.yaml")):
+        if yaml.safe_load(path.read_text())["model"]["family"] in BASES.values():
+            names.append(path.stem)
+    return names
+
+
+def overrides_for(name: str, base: str, seed: int, out: Path) -> list[str]:
+    """What makes a demo comparable with the others."""
+    tree = read_tree(name)
+    threads = 1
+    changes = [
+        f"output_dir={out}",
+        f"seed={seed}",
+        f"model.family={BASES[base]}",
+        f"model.pretrained={base}",
+        "evaluation.num_prompts=96",
+        "evaluation.images_per_prompt=2",
+        f"training.threads={threads}",
+        "training.checkpointing_steps=100000",
+        "training.sample_steps=0",
+    ]
+    if tree["data"].get("world_pairs"):
+        changes += [f"cache.dir={out.parent / ('cache-' + data_key(tree, base, seed))}"]
+    return changes
+
+
+def data_key(tree: dict[str, Any], base: str, seed: int) -> str:
+    """The same for demos with the same pairs."""
+    text = json.dumps([tree["data"], tree.get("cache"), base, seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def train(name: str, changes: list[str], log: Path) -> int:
+    command = [sys.executable, "-m", "diffalign", "train", name, *changes]
+    with log.open("w") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
+
+
+def run(name: str, base: str, seed: int, folder: Path, budget: int, extra: list[str]) -> dict[str, Any] | None:
+    """One demo at the budget; its result, or None if it failed."""
+    out = folder / f"{name}-{base}-{seed}"
+    if (out / "result.json").is_file():
+        return read(out)
+    changes = overrides_for(name, base, seed, out) + extra
+    tree = read_tree(name)
+    steps = int(tree["training"]["max_train_steps"])
+    per_step = forwards_per_step(name, base, folder, changes)
+    steps = max(1, round(budget / per_step))
+    every = int(tree.get("rollout", {}).get("steps_per_generation", 1))
+    steps = max(every, steps // every * every)
+    code = train(name, [*changes, f"training.max_train_steps={steps}"], folder / f"{out.name}.log")
+    if code:
+        print(f"{out.name}: exit status {code}, see {folder / f'{out.name}.log'}", flush=True)
+        return None
+    result = read(out)
+    print(f"{out.name}: {line(result)}", flush=True)
+    return result
+
+
+def forwards_per_step(name: str, base: str, folder: Path, changes: list[str]) -> float:
+    """Image forwards of an optimiser step, counted on one round (or two steps) without evaluation."""
+    cache = folder / "forwards.json"
+    known = json.loads(cache.read_text()) if cache.is_file() else {}
+    key = f"{name} {base}"
+    if key not in known:
+        tree = read_tree(name)
+        steps = max(2, int(tree.get("rollout", {}).get("steps_per_generation", 1)))
+        out = folder / f"{PROBE}-{name}-{base}"
+        more = [c for c in changes if not c.startswith("output_dir")]
+        more += [f"output_dir={out}", f"training.max_train_steps={steps}", "evaluation.at_end=false"]
+        more += ["evaluation.prompts=", "evaluation.held_out_fraction=0", f"training.checkpointing_steps={steps}"]
+        if train(name, more, folder / f"{out.name}.log"):
+            raise SystemExit(f"{name}: the probe failed, see {folder / f'{out.name}.log'}")
+        state = torch.load(next(out.glob("checkpoint-*")) / "state.pt", weights_only=True)
+        known = json.loads(cache.read_text()) if cache.is_file() else {}
+        known[key] = state["job"]["image_forwards"] / steps
+        cache.write_text(json.dumps(known, indent=1))
+    return float(known[key])
+
+
+def read(out: Path) -> dict[str, Any]:
+    """A run's result with the scores behind it."""
+    result = json.loads((out / "result.json").read_text())
+    result["scores"] = json.loads((out / "scores.json").read_text())[result["metric"]]
+    return dict(result)
+
+
+def line(result: dict[str, Any]) -> str:
+    low, high = result["gain_ci95"]
+    return (
+        f"gain {result['gain']:+.3f} [{low:+.3f}, {high:+.3f}], win rate {result['win_rate']:.3f}, "
+        f"{result['image_forwards']} forwards, {result['train_seconds']:.0f} s, drift {result['drift']:.3f}"
+    )
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def table(folder: Path) -> str:
+    """Markdown rows, by base and then by gain; intervals by a bootstrap over prompts, seeds of a prompt together."""
+    parts = []
+    for base in BASES:
+        rows = []
+        for name in configs():
+            found = [r for r in sorted(folder.glob(f"{name}-{base}-*")) if (r / "result.json").is_file()]
+            if not found:
+                continue
+            results = [read(path) for path in found]
+            # One row per prompt and seed: seeds are other noise, other pairs and other adapters of the same method.
+            base_scores = np.concatenate([np.array(r["scores"]["base"]) for r in results])
+            aligned = np.concatenate([np.array(r["scores"]["aligned"]) for r in results])
+            gain, rate = statistics.mean_gain(base_scores, aligned), statistics.win_rate(base_scores, aligned)
+            seeds = ", ".join(f"{r['gain']:+.3f}" for r in results)
+            verifier = [x for r in results for x in r["rewards"] if x["reward"] == "world_verifier"]
+            accuracy = [r["held_out_implicit_acc"] for r in results if "held_out_implicit_acc" in r]
+            wide = [r["diversity"]["aligned"] / r["diversity"]["base"] for r in results if r.get("diversity")]
+            rows.append(
+                (
+                    gain.mean,
+                    f"| `{name.removeprefix('demo_')}` | {gain.mean:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}] | {seeds} "
+                    f"| {rate.rate:.3f} [{rate.ci_low:.3f}, {rate.ci_high:.3f}] "
+                    f"| {mean([x['gain'] for x in verifier]):+.3f} | {mean([r['drift'] for r in results]):.3f} "
+                    f"| {mean(wide):.2f} | {f'{mean(accuracy):.2f}' if accuracy else '–'} "
+                    f"| {mean([r['steps'] for r in results]):.0f} | {mean([r['image_forwards'] for r in results]):,.0f} "
+                    f"| {mean([r['train_seconds'] for r in results]):.0f} |",
+                )
+            )
+        if rows:
+            head = (
+                f"### `{base}`\n\n| objective | gain, 95 % interval | by seed | win rate, 95 % interval | verifier | drift | "
+                "diversity | held-out acc. | steps | forwards | seconds |\n"
+                "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+            )
+            parts.append("\n".join([head, *(text for _, text in sorted(rows, key=lambda row: -row[0]))]))
+    return "\n\n".join(parts)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=None, help="names of demos; all of them otherwise")
+    parser.add_argument("--base", choices=sorted(BASES), nargs="+", default=["tiny-sdxl"])
+    parser.add_argument("--budget", type=int, default=BUDGET, help="image forwards of a run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--set", nargs="+", default=[], help="further overrides of every run")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--write", type=Path, default=None, help="put the table between the marks of this page")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        todo = [(n, b, s) for s in args.seeds for b in args.base for n in args.only or configs()]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda job: run(*job, args.out, args.budget, args.set), todo))
+    text = table(args.out)
+    if args.write is None:
+        print(text)
+        return
+    start, end = "<!-- objectives:start -->", "<!-- objectives:end -->"
+    page = args.write.read_text()
+    before, after = page[: page.index(start) + len(start)], page[page.index(end) :]
+    args.write.write_text(f"{before}\n{text}\n{after}")
+
+
+if __name__ == "__main__":
+    main()

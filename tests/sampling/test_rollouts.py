@@ -1,0 +1,304 @@
+"""Training on sampled images: what a round holds, that it is a function of seed and weights, and exact resumption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign import checkpoint
+from diffalign.data.batch import PairBatch, RowBatch
+from diffalign.errors import ConfigError
+from diffalign.jobs.image import ImageJob
+from diffalign.metrics import read_rows
+from diffalign.sampling.rollouts import StepBatch
+from diffalign.sampling.trajectories import log_density
+from diffalign.trainer import train
+
+REWARD = """
+from diffalign.rewards import Reward
+
+class Bright(Reward):
+    "How bright a picture is."
+    range = (0.0, 1.0)
+    unit = "mean of all channels"
+    differentiable = True
+    weights = None
+    licence = "Apache-2.0"
+    gap = "none"
+
+    def __init__(self, device="cpu", dtype=None):
+        pass
+
+    def __call__(self, images, prompts, metadata=None):
+        return images.mean((1, 2, 3))
+"""
+PROMPTS = [
+    "a small red circle on a black background",
+    "a large blue square on a white background",
+    "two green triangles",
+]
+ONLINE = {"prompts": PROMPTS, "samples_per_prompt": 2, "num_inference_steps": 4}
+
+
+@pytest.fixture
+def bright(tmp_path: Path) -> str:
+    file = tmp_path / "bright.py"
+    file.write_text(REWARD)
+    return str(file)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ImageJob, Any, Any]]:
+    """(job, batch, loss) of every micro-batch."""
+    found: list[tuple[ImageJob, Any, Any]] = []
+    original = ImageJob.loss
+
+    def loss(self: ImageJob, batch: Any) -> Any:
+        out = original(self, batch)
+        found.append((self, batch, out))
+        return out
+
+    monkeypatch.setattr(ImageJob, "loss", loss)
+    return found
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_config: Any, bright: str) -> Any:
+    def start(name: str, objective: str, *, online: bool = True, **changes: Any) -> Path:
+        settings = changes.pop("settings", {})
+        rollout = (ONLINE | {"rewards": [bright]} if online else {"num_inference_steps": 4}) | changes.pop(
+            "rollout", {}
+        )
+        more: dict[str, Any] = {"data": {"sources": []}} if online else {}
+        training = {"train_batch_size": 6, "max_train_steps": 2} | changes.pop("training", {})
+        config = tiny_config(
+            tmp_path / name,
+            objective={"name": objective} | settings,
+            rollout=rollout,
+            training=training,
+            **more,
+            **changes,
+        )
+        return train(config).run_dir
+
+    return start
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(list(checkpoint.steps_of(folder).values())[-1] / "adapter.safetensors")
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+
+
+def decoded_mean(job: ImageJob, latents: torch.Tensor) -> torch.Tensor:
+    return job.family.decode_latents(latents).mean((1, 2, 3))
+
+
+def test_pairs_are_the_best_against_the_worst_of_a_prompt(run: Any, seen: list[Any]) -> None:
+    run("run", "dpo", settings={"beta": 50.0}, rollout={"samples_per_prompt": 3}, training={"train_batch_size": 3})
+    job, batch, out = seen[0]
+    assert isinstance(batch, PairBatch)
+    assert (batch.chosen_reward > batch.rejected_reward).all()
+    torch.testing.assert_close(decoded_mean(job, batch.chosen), batch.chosen_reward[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded_mean(job, batch.rejected), batch.rejected_reward[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.per_item.detach(), torch.full((3,), 2.0).log())
+    assert len({tuple(n.flatten()[:2].tolist()) for n in batch.noise}) == 3
+
+
+def test_transitions_start_at_ratio_one_and_their_scores_are_densities(run: Any, seen: list[Any]) -> None:
+    run("run", "d3po", rollout={"guidance_scale": 2.0})
+    job, batch, out = seen[0]
+    assert isinstance(batch, StepBatch)
+    assert len(batch) == 6
+    assert len(batch.x) == 12
+    # 4 steps, of which the last has no noise and no density
+    assert set(batch.step.tolist()) <= {0, 1, 2}
+    assert out.metrics["rewards/margins"].abs().max() == 0
+    scores, _ = job.rollouts.scores(batch)
+    assert torch.equal(scores.theta.detach(), scores.ref) or job.policy.forwards
+    # by hand, for the first row
+    grid, eta = job.rollouts.grid, job.rollouts.eta
+    assert eta == 1.0
+    k = int(batch.step[0])
+    alpha, sigma = grid.alphas[k], grid.sigmas[k]
+    alpha_next, sigma_next = grid.alphas[k + 1], grid.sigmas[k + 1]
+    row = {name: value[:1] for name, value in batch.conditioning.items()}
+    empty = {name: value[:1] for name, value in batch.negative.items()}
+    with torch.no_grad():
+        t = grid.times[k].expand(1)
+        a = job.family.predict(job.policy.bare, batch.x[:1], t, row)
+        b = job.family.predict(job.policy.bare, batch.x[:1], t, empty)
+    v = b + 2.0 * (a - b)
+    x0, noise = alpha * batch.x[:1] - sigma * v, alpha * v + sigma * batch.x[:1]
+    d = torch.tensor([grid.deviation(k, 1.0)])
+    mean = alpha_next * x0 + (sigma_next**2 - d**2).clamp(min=0).sqrt() * noise
+    ours = job.rollouts.scores(batch)[0].theta[:1].detach()
+    torch.testing.assert_close(ours, log_density(batch.x_next[:1], mean, d), rtol=1e-4, atol=1e-4)
+
+
+def test_both_trajectories_of_d3po_start_from_the_same_noise_and_those_of_pso_do_not(run: Any, seen: list[Any]) -> None:
+    for name, shared in (("d3po", True), ("pso", False)):
+        seen.clear()
+        run(name, name, rollout={"shared_start": shared, "steps_per_sample": 3}, training={"train_batch_size": 9})
+        _, batch, _ = seen[0]
+        first = [i for i in range(len(batch)) if int(batch.step[i]) == 0]
+        assert first
+        for i in first:
+            assert torch.equal(batch.x[i], batch.x[i + len(batch)]) == shared
+
+
+def test_candidates_come_from_one_latent(run: Any, seen: list[Any]) -> None:
+    run("run", "spo", rollout={"samples_per_prompt": 3, "reward_scale": 1000.0, "first_step": 1})
+    _, batch, _ = seen[0]
+    half = len(batch)
+    assert torch.equal(batch.x[:half], batch.x[half:])
+    assert not torch.equal(batch.x_next[:half], batch.x_next[half:])
+    assert int(batch.step.min()) >= 1
+    pairs = batch.layout.need_pairs()
+    assert (pairs.reward_w >= pairs.reward_l).all()
+    kept = pairs.weight > 0
+    assert kept.any()
+    torch.testing.assert_close(pairs.weight[kept].sum(), torch.tensor(float(half)))
+
+
+def test_groups_keep_together_and_have_noise_of_their_own(run: Any, seen: list[Any]) -> None:
+    run("run", "gdpo", settings={"beta": 50.0}, rollout={"policy": "reference"})
+    job, batch, _ = seen[0]
+    assert isinstance(batch, RowBatch)
+    groups = batch.layout.need_groups()
+    assert groups.group.tolist() == [0, 0, 1, 1, 2, 2]
+    torch.testing.assert_close(decoded_mean(job, batch.content.x0), groups.reward[:, 0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(batch.content.noise[0], batch.content.noise[1])
+
+
+@pytest.mark.parametrize("select", ["best", "bradley_terry"])
+def test_an_objective_on_chosen_images_learns_from_one_of_a_group(run: Any, seen: list[Any], select: str) -> None:
+    run(
+        "run",
+        "sft",
+        rollout={"select": select, "select_temperature": 1e-6, "samples_per_prompt": 3},
+        training={"train_batch_size": 3},
+    )
+    job, batch, _ = seen[0]
+    items = batch.layout.need_items()
+    assert len(batch) == 3
+    torch.testing.assert_close(decoded_mean(job, batch.content.x0), items.target, rtol=1e-4, atol=1e-5)
+    assert (items.label == 1).all()
+    # at this temperature both ways take the best of the same three
+    chosen = [index for index, _ in job.rollouts.plan.micro_batch(0)]
+    best = [float(one.reward.max()) for one in job.rollouts.sample(chosen, list(batch.ids), 3, 0)]
+    assert len(best) == 3
+
+
+def test_people_choose_in_proportion_to_the_exponential_of_the_reward(run: Any, seen: list[Any]) -> None:
+    run("run", "sft", rollout={"select": "bradley_terry", "select_temperature": 0.5}, training={"train_batch_size": 3})
+    job, _, _ = seen[0]
+    from diffalign.sampling.rollouts import Sampled
+    from diffalign.sampling.trajectories import Trajectory
+
+    reward = torch.tensor([0.0, 0.5])
+    counts = torch.zeros(2)
+    for n in range(800):
+        x = torch.stack([torch.zeros(job.rollouts.latent_shape), torch.ones(job.rollouts.latent_shape)])
+        one = Sampled(prompt=0, id=f"x{n}", trajectory=Trajectory([x], []), reward=reward, rewards=reward[:, None])
+        counts[int(job.rollouts._chosen(one, 0).content.x0.mean())] += 1
+    share = float(counts[1] / 800)  # e^1 / (1 + e^1) = 0.731
+    assert share == pytest.approx(0.731, abs=0.05)
+
+
+def test_seppo_compares_winners_of_the_data_with_samples_of_the_reference(run: Any, seen: list[Any]) -> None:
+    run("run", "seppo", settings={"beta": 50.0}, online=False, training={"train_batch_size": 4})
+    job, batch, _ = seen[0]
+    data = {job.data.pair(i).id: job.data.pair(i) for i in job.kept}
+    for n, name in enumerate(batch.ids):
+        pair = data[name]
+        winner = pair.latents[0 if pair.p >= 0.5 else 1]
+        loser = pair.latents[1 if pair.p >= 0.5 else 0]
+        torch.testing.assert_close(batch.chosen[n], winner.float())
+        assert not torch.allclose(batch.rejected[n], loser.float(), atol=0.1)
+
+
+def test_points_on_the_policys_way_have_its_predictions_as_targets(run: Any, seen: list[Any]) -> None:
+    run(
+        "run",
+        "dro",
+        online=False,
+        rollout={"steps_per_sample": 2},
+        training={"train_batch_size": 4, "max_train_steps": 1},
+    )
+    job, batch, out = seen[0]
+    rows, _ = batch.rows(job.objective.needs)
+    assert rows.given.tolist() == [False] * 4 + [True] * 4
+    # the sampler's weights are still the policy's: its own prediction is reproduced without error
+    torch.testing.assert_close(out.metrics["error/rejected"], torch.zeros(4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out.per_item.detach(), torch.full((4,), 0.001), rtol=1e-3, atol=1e-6)
+    assert batch.t.tolist() == rows.t[4:].tolist()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo"])
+def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_path: Path) -> None:
+    settings = {} if objective == "d3po" else {"beta": 50.0}
+    rollout = {"steps_per_generation": 4}
+    training = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 6}
+    whole = run("whole", objective, settings=settings, rollout=rollout, training=training)
+    run("part", objective, settings=settings, rollout=rollout, training=training | {"max_train_steps": 2})
+    again = training | {"resume_from_checkpoint": "latest"}
+    part = run("part", objective, settings=settings, rollout=rollout, training=again)
+    assert losses_of(whole) == losses_of(part)
+    a, b = adapter_of(whole), adapter_of(part)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "d3po"])
+def test_cutting_a_step_into_micro_batches_changes_nothing(run: Any, objective: str) -> None:
+    settings = {} if objective == "d3po" else {"beta": 50.0}
+    whole = run("whole", objective, settings=settings)
+    cut = run("cut", objective, settings=settings, training={"train_batch_size": 2, "gradient_accumulation_steps": 3})
+    for a, b in zip(losses_of(whole), losses_of(cut), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def test_a_second_pass_over_a_round_draws_new_noise_for_the_same_images(run: Any, seen: list[Any]) -> None:
+    run("run", "dpo", settings={"beta": 50.0}, rollout={"num_iterations": 2}, training={"train_batch_size": 3})
+    (_, first, _), (_, second, _) = seen
+    assert torch.equal(first.chosen, second.chosen)
+    assert not torch.equal(first.noise, second.noise)
+
+
+def test_forwards_are_counted(run: Any) -> None:
+    folder = run("run", "d3po", rollout={"guidance_scale": 2.0})
+    state = torch.load(next(folder.glob("checkpoint-*")) / "state.pt", weights_only=True)
+    # two rounds of 2 prompts x 2 images x 4 steps with guidance; two steps of 12 rows, policy and reference, with guidance
+    assert state["job"]["image_forwards"] == 2 * (2 * 2 * 4 * 2) + 2 * (12 * 2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("objective", "rollout", "message"),
+    [
+        ("d3po", {"eta": 0.0}, "have no density"),
+        ("d3po", {"steps_per_sample": 9}, "3 of 4 sampler steps have a density"),
+        ("d3po", {"rewards": []}, "at least one reward"),
+        ("dpo", {"samples_per_prompt": 1}, "at least 2"),
+        ("gdpo", {"samples_per_prompt": 4}, "multiple of rollout.samples_per_prompt 4"),
+        ("d3po", {"reward_weights": [1.0, 2.0]}, "give one each"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(run: Any, objective: str, rollout: dict[str, Any], message: str) -> None:
+    settings = {} if objective == "d3po" else {"beta": 50.0}
+    with pytest.raises(ConfigError, match=message):
+        run("run", objective, settings=settings, rollout=rollout)
+
+
+def test_sampling_for_prompts_and_for_data_at_once_is_refused(run: Any, tiny_config: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.prompts: set, and data too"):
+        train(tiny_config(tmp_path / "x", objective={"name": "d3po"}, rollout=ONLINE | {"rewards": ["world_verifier"]}))
+    with pytest.raises(ConfigError, match=r"reads no reward"):
+        run("y", "seppo", settings={"beta": 1.0}, online=False, rollout={"rewards": ["world_verifier"]})
+    with pytest.raises(ConfigError, match=r"trains on the data's pairs"):
+        run("z", "dpo", online=False)
