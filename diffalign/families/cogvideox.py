@@ -38,7 +38,7 @@ class CogVideoX(VideoFamily):
     title = "CogVideoX text-to-video (DiT; v)"
     network_part = "transformer"
     frame_step = 8
-    architectures = ()
+    architectures = ("cogvideox-2b", "cogvideox-5b")
 
     @classmethod
     def pipeline_class(cls) -> Any:

@@ -31,7 +31,7 @@ class Wan(VideoFamily, FlowFamily):
 
     title = "Wan 2.1 text-to-video (DiT; flow)"
     frame_step = 4
-    architectures = ()
+    architectures = ("wan21-t2v-1.3b", "wan21-t2v-14b")
 
     @classmethod
     def pipeline_class(cls) -> Any:
