@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -347,6 +348,24 @@ def test_a_stock_step_finds_the_x0_that_our_conversion_finds(case: Case) -> None
         torch.testing.assert_close(found, value, atol=1e-4, rtol=1e-4)
 
 
+def test_a_sample_of_one_step_is_the_x0_of_our_prediction(case: Case) -> None:
+    family, scheduler = case.family, case.stock.scheduler
+    expected = case.call_stock(SamplingConfig(num_inference_steps=1, guidance_scale=1.0), case.noise())
+    if not scheduler.config.get("set_alpha_to_one", True):
+        pytest.skip("this scheduler does not end at the clean image")
+    time, x = scheduler.timesteps[:1].expand(2), case.noise() * getattr(scheduler, "init_noise_sigma", 1.0)
+    if family.schedule.is_flow:
+        sigma = scheduler.sigmas[:1].float().expand(2)
+        alpha = 1 - sigma
+    else:
+        alpha, sigma = family.schedule.alpha_sigma(time.long())
+    with torch.no_grad():
+        output = family.predict(family.network, x, time, case.conditioning())
+    ours = convert(output, x, alpha, sigma, family.schedule.prediction_type, "sample")
+    # In units of the prediction: eps is divided by a small alpha.
+    assert (ours - expected).abs().max() < 1e-4 * (1 + expected.abs().max())
+
+
 def plain_ddim(schedule: Any) -> Any:
     alphas = schedule.alphas.double().square()
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
@@ -398,6 +417,33 @@ def test_samples_with_guidance_are_the_stock_pipelines(case: Case) -> None:
         case.texts, case.negative, noise, SamplingConfig(num_inference_steps=2, guidance_scale=1.0)
     )
     assert not torch.allclose(ours, plain, atol=1e-3)
+
+
+class Records(logging.Handler):
+    """Warnings of other libraries."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def test_encoding_and_sampling_say_nothing(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    handler, loggers = Records(), [logging.getLogger(library) for library in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        texts, negative = case.family.encode_prompts(["a circle"]), case.family.encode_negative("")
+        for scale in (1.0, 2.0):
+            sampling = SamplingConfig(num_inference_steps=1, guidance_scale=scale)
+            case.family.sample(texts, negative, case.noise(1), sampling)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert handler.texts == []
+    assert capfd.readouterr().err == ""
 
 
 def test_one_prompt_serves_a_batch(case: Case) -> None:

@@ -161,6 +161,7 @@ def build_sana(folder: Path) -> None:
                 cross_attention_dim=16,
                 caption_channels=WIDTH,
                 sample_size=8,
+                timestep_scale=0.5,
             ),
             scheduler=DPMSolverMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
