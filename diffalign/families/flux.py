@@ -38,7 +38,7 @@ class Flux(FlowFamily):
     title = "FLUX.1 dev / schnell (MMDiT; flow)"
     resolution_step = 16
     text_parts = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-    architectures = ()
+    architectures = ("flux1-dev", "flux1-schnell")
     training_guidance: ClassVar[float] = 1.0
 
     @classmethod

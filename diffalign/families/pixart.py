@@ -36,7 +36,7 @@ class PixArtSigma(PipelineFamily):
     resolution_step = 16
     network_part = "transformer"
     text_parts = ("tokenizer", "text_encoder")
-    architectures = ()
+    architectures = ("pixart-sigma",)
 
     @classmethod
     def pipeline_class(cls) -> Any:

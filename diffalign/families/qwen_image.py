@@ -45,7 +45,7 @@ class QwenImage(FlowFamily):
     title = "Qwen-Image (MMDiT; flow)"
     resolution_step = 16
     text_parts = ("tokenizer", "text_encoder")
-    architectures = ()
+    architectures = ("qwen-image",)
 
     @classmethod
     def pipeline_class(cls) -> Any:

@@ -35,7 +35,7 @@ class Sana(FlowFamily):
     title = "Sana (linear DiT; flow)"
     resolution_step = 32
     text_parts = ("tokenizer", "text_encoder")
-    architectures = ()
+    architectures = ("sana-1.6b",)
 
     @classmethod
     def pipeline_class(cls) -> Any:
@@ -72,11 +72,15 @@ class Sana(FlowFamily):
         text = "\n".join(self.instruction)
         return super().fingerprint() | {"instruction": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
+    @cached_property
+    def _instruction_tokens(self) -> int:
+        return len(self._part("tokenizer")("\n".join(self.instruction), verbose=False).input_ids)
+
     def count_tokens(self, prompt: str) -> tuple[int, int]:
-        tokenizer, instruction = self._part("tokenizer"), "\n".join(self.instruction)
-        whole = tokenizer(instruction + prompt.lower().strip(), verbose=False).input_ids
+        text = "\n".join(self.instruction) + prompt.lower().strip()
+        tokens = len(self._part("tokenizer")(text, verbose=False).input_ids)
         # The pipeline makes room for so many tokens beyond the instruction's, less two.
-        return len(whole) - len(tokenizer(instruction, verbose=False).input_ids) + 2, self.text_length
+        return tokens - self._instruction_tokens + 2, self.text_length
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         return self._encode(prompts, self.instruction)
