@@ -328,12 +328,25 @@ def _load_vae(pipeline_class: Any, config: ModelConfig, name: str, dtype: torch.
     path = Path(name).expanduser()
     if path.is_file():
         # All published autoencoders of a family have one shape: no need to ask the hub for it.
-        architecture = "sdxl" if pipeline_class.__name__ == "StableDiffusionXLPipeline" else "sd15"
+        vae_class, architecture = _stock_vae(pipeline_class)
         with _config_folder(config, architecture) as folder:
-            return AutoencoderKL.from_single_file(str(path), config=folder, subfolder="vae", **dtype_argument(dtype))
+            return vae_class.from_single_file(str(path), config=folder, subfolder="vae", **dtype_argument(dtype))
     where = str(_vae_folder(path)) if path.is_dir() else name
     vae_class = getattr(diffusers, str(AutoencoderKL.load_config(where).get("_class_name", "AutoencoderKL")))
     return vae_class.from_pretrained(where, **dtype_argument(dtype))
+
+
+def _stock_vae(pipeline_class: Any) -> tuple[Any, str]:
+    """The autoencoder's class of a stock pipeline, and the first published architecture that has it."""
+    import diffusers
+
+    from diffalign.families import published
+
+    for name in published.NAMES:
+        configs = published.component_configs(name)
+        if configs["model_index"]["_class_name"] == pipeline_class.__name__:
+            return getattr(diffusers, configs["vae"]["_class_name"]), name
+    return diffusers.AutoencoderKL, "sd15"
 
 
 @contextmanager
@@ -363,7 +376,7 @@ def _architecture_of(file: str) -> str:
 def _random_components(name: str, wanted: set[str], dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, Any]:
     from diffalign.families import published
 
-    light = {"tokenizer", "tokenizer_2", "scheduler"} & wanted
+    light = set(filter(published.is_light, wanted))
     parts: dict[str, Any] = {"pipeline_config": {}}
     if light:
         parts |= published.light_components(name, light)
