@@ -211,7 +211,7 @@ class RolloutConfig:
         num_iterations: passes over the samples of a round.
         rewards: reward models, or for texts `file.py:function` (TRL's signature); their weighted sum is the reward.
         reward_weights: one per reward; empty: all 1.
-        prompts: images: a text file, a shipped list ("world_train", ...) or a list of prompts; empty: the prompts of the data.
+        prompts: images: a text file, a shipped list ("world_train", ...) or prompts; empty: the prompts of the data.
         num_prompts: how many of them; null takes all.
         policy: who samples images: "policy" as it is at the start of a round, or "reference". null: as the objective was
             published (SePPO: the reference).
@@ -295,8 +295,8 @@ class DenoisingConfig:
             guidance trained); drawn once per sample and visit. The empty prompt is encoded, as in the published code;
             SDXL 1.0 itself samples with zeros instead.
         error_reduction: over the latent: "mean" as published, or "sum" (then beta must be smaller by the latent's size).
-        noising: how the noisy latent of an image is made: "forward" adds noise; "ddim_inversion" runs the policy's DDIM sampler
-            backwards without guidance, and the target is the noise that the result implies (DDIM-InPO);
+        noising: how the noisy latent of an image is made: "forward" adds noise; "ddim_inversion" runs the policy's DDIM
+            sampler backwards without guidance, and the target is the noise that the result implies (DDIM-InPO);
             "renoise_inversion" corrects every step of it (SmPO). null: as the objective was published.
         inversion_steps: levels of the inversion's grid (InPO's code: 10; SmPO's code 5, its paper 9).
         inversion_level: "exact" makes the last step land on the timestep; "grid" stops at the last level below it, as the
@@ -343,7 +343,8 @@ class ReferenceConfig:
         scheme: "frozen": the base model (adapters off). "sync": a copy of the adapter that follows the policy every `every`
             steps by `rate` (1 at every round: the previous iterate; 0.6 every 512 steps: TR-DPO; small at every step: an
             average). "pool": one of the base and all earlier copies, one of which is kept every `every` steps; drawn anew at
-            random every time (SePPO). "mixture": the geometric mixture of the base, by `base_share`, and the synced copy (INPO, Nash-MD).
+            random every time (SePPO). "mixture": the geometric mixture of the base, by `base_share`, and the synced copy
+            (INPO, Nash-MD).
             "momentum": the synced copy, extrapolated from the one before by `momentum` (accelerated preference
             optimisation).
         every: optimiser steps between synchronisations.
@@ -377,8 +378,8 @@ class LoraConfig:
     Attributes:
         rank: LoRA rank r.
         alpha: scale is alpha / rank (alpha / sqrt(rank) with `use_rslora`). None means alpha = rank.
-        targets: "attention" (to_q, to_k, to_v, to_out.0), "attention+ff", "all" (every linear and convolution of the
-            blocks), or a list of module name endings.
+        targets: "attention" (queries, keys, values and outputs, of a transformer's text side, too), "attention+ff", "all"
+            (every linear and convolution of the blocks), or a list of module name endings.
         dropout: on the adapter's input, training only.
         init: "gaussian", "default" (Kaiming; B is zero in both) or another of peft's `init_lora_weights`.
             Initialisations that change the base weights ("pissa", "olora", "corda", "eva", "loftq") are refused.

@@ -93,6 +93,11 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
     if objective.source == "data" and "groups" not in objective.needs.layout:
         _rehearse(objective)
     _check_image_rollout(config)
+    if config.rollout.guidance_scale != 1 and not family.unconditional:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"rollout.guidance_scale: got {config.rollout.guidance_scale}; models of family {config.model.family!r} are "
+            "distilled and have no unconditional branch; set it to 1"
+        )
 
 
 def _check_image_rollout(config: RunConfig) -> None:

@@ -4,10 +4,10 @@
     python scripts/benchmark_objectives.py --out runs/objectives --only demo_dpo demo_d3po --base tiny-sd3
     python scripts/benchmark_objectives.py --out runs/objectives --table        # only the table, from what is there
 
-Equal footing: the same base, the same pairs and prompts by seed, the same evaluation prompts and noise, and the same number
-of *image forwards*: every image that goes through the network counts once, with or without gradient, of policy, reference,
-inversion and sampler alike. The steps of a config are scaled so that it spends the budget; what it spent in the end is in the
-table. A run that is there already is not repeated.
+Equal footing: the same base, the same pairs and prompts by seed, the same evaluation prompts and noise, and the same
+number of *image forwards*: every image that goes through the network counts once, with or without gradient, of policy,
+reference, inversion and sampler alike. The steps of a config are scaled so that it spends the budget; what it spent in the
+end is in the table. A run that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -32,15 +32,25 @@ ROOT = Path(__file__).resolve().parent.parent
 BASES = {"tiny-sdxl": "sdxl", "tiny-sd3": "sd3"}
 BUDGET = 20_480  # image forwards: 320 steps of Diffusion-DPO on 16 pairs
 PROBE = "probe"
+COLUMNS = (
+    "objective",
+    "gain, 95 % interval",
+    "by seed",
+    "win rate, 95 % interval",
+    "verifier",
+    "drift",
+    "diversity",
+    "held-out acc.",
+    "steps",
+    "forwards",
+    "seconds",
+)
 
 
 def configs() -> list[str]:
     """Names of the demos that train on images."""
-    names = []
-    for path in sorted(config_folder().glob("demo_*.yaml")):
-        if yaml.safe_load(path.read_text())["model"]["family"] in BASES.values():
-            names.append(path.stem)
-    return names
+    found = sorted(config_folder().glob("demo_*.yaml"))
+    return [path.stem for path in found if yaml.safe_load(path.read_text())["model"]["family"] in BASES.values()]
 
 
 def overrides_for(name: str, base: str, seed: int, out: Path) -> list[str]:
@@ -153,23 +163,21 @@ def table(folder: Path) -> str:
             verifier = [x for r in results for x in r["rewards"] if x["reward"] == "world_verifier"]
             accuracy = [r["held_out_implicit_acc"] for r in results if "held_out_implicit_acc" in r]
             wide = [r["diversity"]["aligned"] / r["diversity"]["base"] for r in results if r.get("diversity")]
-            rows.append(
-                (
-                    gain.mean,
-                    f"| `{name.removeprefix('demo_')}` | {gain.mean:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}] | {seeds} "
-                    f"| {rate.rate:.3f} [{rate.ci_low:.3f}, {rate.ci_high:.3f}] "
-                    f"| {mean([x['gain'] for x in verifier]):+.3f} | {mean([r['drift'] for r in results]):.3f} "
-                    f"| {mean(wide):.2f} | {f'{mean(accuracy):.2f}' if accuracy else '–'} "
-                    f"| {mean([r['steps'] for r in results]):.0f} | {mean([r['image_forwards'] for r in results]):,.0f} "
-                    f"| {mean([r['train_seconds'] for r in results]):.0f} |",
-                )
-            )
+            numbers = [
+                f"{gain.mean:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}]",
+                seeds,
+                f"{rate.rate:.3f} [{rate.ci_low:.3f}, {rate.ci_high:.3f}]",
+                f"{mean([x['gain'] for x in verifier]):+.3f}",
+                f"{mean([r['drift'] for r in results]):.3f}",
+                f"{mean(wide):.2f}",
+                f"{mean(accuracy):.2f}" if accuracy else "–",
+                f"{mean([r['steps'] for r in results]):.0f}",
+                f"{mean([r['image_forwards'] for r in results]):,.0f}",
+                f"{mean([r['train_seconds'] for r in results]):.0f}",
+            ]
+            rows.append((gain.mean, f"| `{name.removeprefix('demo_')}` | {' | '.join(numbers)} |"))
         if rows:
-            head = (
-                f"### `{base}`\n\n| objective | gain, 95 % interval | by seed | win rate, 95 % interval | verifier | drift | "
-                "diversity | held-out acc. | steps | forwards | seconds |\n"
-                "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-            )
+            head = f"### `{base}`\n\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
             parts.append("\n".join([head, *(text for _, text in sorted(rows, key=lambda row: -row[0]))]))
     return "\n\n".join(parts)
 

@@ -7,7 +7,6 @@ What all have in common is `Family`. A denoising family turns prompts into a dic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,7 +35,6 @@ class Family(ABC):
     modality: ClassVar[Literal["image", "text"]]
     kind: ClassVar[Kind]  # of its scores
     attention_backends: ClassVar[tuple[str, ...]] = ("default",)  # what `training.attention` may name
-    lora_targets: ClassVar[Mapping[str, str | tuple[str, ...]]]  # what "attention", "attention+ff" and "all" stand for
 
     def __init__(
         self,
@@ -81,6 +79,7 @@ class DenoisingFamily(Family):
     kind: ClassVar = Kind.BOUND
     resolution_step: ClassVar[int]  # image sides are multiples of this
     frame_step: ClassVar[int] = 0  # clips have 1 + a multiple of this many frames; 0: still images only
+    unconditional: ClassVar[bool] = True  # False: distilled, without a branch for classifier-free guidance
     timestep_sampling: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"  # how the model was trained
 
     @property

@@ -39,6 +39,7 @@ class Flux(FlowFamily):
     resolution_step = 16
     text_parts = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     architectures = ("flux1-dev", "flux1-schnell")
+    unconditional = False
     training_guidance: ClassVar[float] = 1.0
 
     @classmethod

@@ -168,7 +168,9 @@ def dataset(
     def image_conditioning(*sizes: tuple[int, int]) -> dict[str, Tensor]:
         return {"time_ids": torch.tensor([float(x) for size in sizes for x in size])}
 
-    family = SimpleNamespace(image_conditioning=image_conditioning, schedule=SimpleNamespace(num_timesteps=1000), timestep_sampling="uniform")
+    family = SimpleNamespace(
+        image_conditioning=image_conditioning, schedule=SimpleNamespace(num_timesteps=1000), timestep_sampling="uniform"
+    )
     data = Pairs(labels)
     made = BatchPlan(range(len(labels)), data.target_sizes, batch_size, seed)
     return PairMicroBatches(data, made, denoising or DenoisingConfig(), cast(DenoisingFamily, family), seed)
