@@ -1,4 +1,4 @@
-"""LoRA files that load elsewhere: diffusers/peft names, and kohya names for ComfyUI and the web UIs.
+"""LoRA files that load elsewhere: diffusers/peft names, and for most families kohya names for ComfyUI and others.
 
 Both files hold the same update, `W += alpha / r * B A`. Where alpha lives differs, and losing it is the classic silent
 mistake: diffusers reads it from a JSON text in the metadata (without it, alpha = rank is assumed), kohya from an
@@ -18,7 +18,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,13 @@ import diffalign
 from diffalign import adapters
 from diffalign.config import LoraConfig
 from diffalign.errors import CheckpointError
-from diffalign.lora_format import kohya_metadata, kohya_names, modelspec_metadata
+from diffalign.lora_format import (
+    format_of,
+    halves_swapped,
+    kohya_layers,
+    kohya_metadata,
+    modelspec_metadata,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +69,7 @@ class LoraInfo:
 
     Attributes:
         path: the file.
-        style: "diffusers" or "kohya".
+        style: "diffusers", "kohya", or "gated" (several experts).
         name: the adapter's name in the network.
         modules: number of adapted layers.
         rank: the most frequent rank.
@@ -96,13 +102,15 @@ def save_lora(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Path]:
-    """Write an adapter as `pytorch_lora_weights.safetensors` and `pytorch_lora_weights_kohya.safetensors`.
+    """Write an adapter as `pytorch_lora_weights.safetensors` and, where a family has it, `..._kohya.safetensors`.
+
+    The second file is left out, with a warning, if the adapter has layers or magnitudes that it has no name for.
 
     Args:
         network: the network that carries it; its ranks, alphas and options are what is written.
         lora: what it was attached with, compared with the network; None skips that.
         out_dir: folder, made if missing. Files appear whole or not at all.
-        family: "sd" or "sdxl".
+        family: its name; see `lora_format.FORMATS`.
         name: adapter name.
         state: tensors to write instead of the adapter's own, such as its moving average (`adapters.state_dict` keys).
         metadata: facts of the run as texts: role ("positive", "negative", "user"), objective, beta, base, resolution
@@ -111,37 +119,45 @@ def save_lora(
         dtype: float32, or float16 for distribution.
 
     Returns:
-        The files by style, "diffusers" and "kohya".
+        The files by style, "diffusers" and perhaps "kohya".
 
     Raises:
         ConfigError: no such adapter.
         CheckpointError: `state` does not fit, a number is too large for `dtype`, or the files cannot be written.
-        ValueError: an unknown family, a metadata value that is no text, or `lora` is not what is attached.
+        ValueError: a metadata value that is no text, or `lora` is not what is attached.
     """
-    if family not in ("sd", "sdxl"):
-        raise ValueError(f"family {family!r} has no LoRA file layout here; expected 'sd' or 'sdxl'")
     facts = {"role": "positive", "family": family, "version": diffalign.__version__} | dict(metadata or {})
     for key, value in facts.items():
         if not isinstance(value, str):
             raise ValueError(f"metadata {key!r}: got {value!r}; safetensors metadata values are texts")
+    if adapters.gates_of(network, name) is not None:
+        from diffalign.gates import save_gated
+
+        return {"gated": save_gated(network, Path(out_dir), facts=facts, dtype=dtype)}
     own = adapters.state_dict(network, name)
     settings = _settings(network, name)
     if lora is not None:
         _check_same(lora, settings)
     if state is not None:
         adapters.check_state(own, state, "the state to export")
-    tensors = {key: _cast(key, (own if state is None else state)[key], dtype) for key in own}
+    tensors = {key: cast(key, (own if state is None else state)[key], dtype) for key in own}
     kohya = _to_kohya(network, name, tensors, family)
 
-    plain = {f"unet.{key}": value for key, value in tensors.items()}
+    prefix = format_of(network, family).prefix
+    plain = {f"{prefix}.{key}": value for key, value in tensors.items()}
     ours = {f"diffalign.{key}": value for key, value in facts.items()}
-    header = json.dumps({f"unet.{key}": value for key, value in settings.items()}, sort_keys=True)
+    header = json.dumps({f"{prefix}.{key}": value for key, value in settings.items()}, sort_keys=True)
     diffusers_file, kohya_file = Path(out_dir) / FILE_NAME, Path(out_dir) / KOHYA_NAME
     spec = modelspec_metadata(network, family, facts, plain)
-    _write(diffusers_file, plain, {"format": "pt", _ADAPTER_KEY: header} | spec | ours)
+    write_file(diffusers_file, plain, {"format": "pt", _ADAPTER_KEY: header} | spec | ours)
+    if kohya is None:
+        kohya_file.unlink(missing_ok=True)  # that of an earlier export into the same folder is another adapter
+        return {"diffusers": diffusers_file}
     # no _ADAPTER_KEY here: diffusers refuses a file that says alpha twice
     spec = modelspec_metadata(network, family, facts, kohya)
-    _write(kohya_file, kohya, {"format": "pt"} | kohya_metadata(network, family, facts, settings, kohya) | spec | ours)
+    write_file(
+        kohya_file, kohya, {"format": "pt"} | kohya_metadata(network, family, facts, settings, kohya) | spec | ours
+    )
     return {"diffusers": diffusers_file, "kohya": kohya_file}
 
 
@@ -168,42 +184,82 @@ def _check_same(lora: LoraConfig, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"rank, alpha, use_rslora, use_dora: the config says {meant}, attached is {attached}")
 
 
-def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.detach().to("cpu", dtype).contiguous()
-    if not torch.isfinite(cast).all():
+def cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is written.
+
+    Raises:
+        CheckpointError: it is not finite in that type.
+    """
+    result = tensor.detach().to("cpu", dtype).contiguous()
+    if not torch.isfinite(result).all():
         raise CheckpointError(
             f"{key}: not finite as {str(dtype).removeprefix('torch.')} (largest magnitude {tensor.abs().max():.3g}); "
             "export as float32, or from an earlier checkpoint"
         )
-    return cast
+    return result
 
 
-def _to_kohya(network: nn.Module, name: str, tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """peft-named tensors -> kohya names, with each layer's true alpha as a float32 scalar."""
-    names = kohya_names(network, family)
-    layers = adapters.lora_layers(network, name)
+def _to_kohya(network: nn.Module, name: str, tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor] | None:
+    """peft-named tensors -> kohya names, with each layer's true alpha as a float32 scalar; None: no such file."""
+    groups, layers = kohya_layers(network, family), adapters.lora_layers(network, name)
+    if not groups:
+        return None
+    dora = any(layer.use_dora[name] for layer in layers.values())
+    named = {path for paths in groups.values() for path in paths}
+    if nameless := next((path for path in layers if path not in named), None):
+        logger.warning("no kohya file is written: layer %r has no name in kohya's %s files", nameless, family)
+        return None
+    if dora and any(len(paths) > 1 for paths in groups.values()):
+        logger.warning("no kohya file is written: DoRA cannot be said of %s's joined layers", family)
+        return None
     result: dict[str, Tensor] = {}
-    for path, layer in layers.items():
-        if path not in names:
-            raise CheckpointError(f"layer {path!r} has no name in kohya's {family} files; leave it out of lora.targets")
-        kohya = names[path]
-        result[f"{kohya}.lora_down.weight"] = tensors[f"{path}.lora_A.weight"]
-        result[f"{kohya}.lora_up.weight"] = tensors[f"{path}.lora_B.weight"]
-        # Readers compute alpha / r, so this is scale * r, which is alpha * sqrt(r) for rsLoRA. float32 whatever the
-        # weights are: rounding it would rescale the whole layer.
-        result[f"{kohya}.alpha"] = torch.tensor(adapters.scale(layer, name) * layer.r[name], dtype=torch.float32)
-        if layer.use_dora[name]:
-            magnitude = tensors[f"{path}.lora_magnitude_vector"].flatten()
-            ones = [1] * (tensors[f"{path}.lora_A.weight"].ndim - 1)
-            result[f"{kohya}.dora_scale"] = magnitude.reshape(-1, *ones)
-    if any(layer.use_dora[name] for layer in layers.values()):
+    for kohya, paths in groups.items():
+        if any(path in layers for path in paths):
+            a, b, alpha = _joined(network, name, tensors, paths)
+            if halves_swapped(network, family, paths[0]):
+                b = torch.cat(b.chunk(2)[::-1])
+            result[f"{kohya}.lora_down.weight"], result[f"{kohya}.lora_up.weight"] = a.contiguous(), b.contiguous()
+            # Readers compute alpha / r. float32 whatever the weights are: rounding it would rescale the whole layer.
+            result[f"{kohya}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+            if dora:
+                magnitude = tensors[f"{paths[0]}.lora_magnitude_vector"].flatten()
+                result[f"{kohya}.dora_scale"] = magnitude.reshape(-1, *[1] * (a.ndim - 1))
+    if dora:
         logger.warning(
             "DoRA in the kohya file: diffusers ignores .dora_scale and other programs differ; prefer %s", FILE_NAME
         )
     return result
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _joined(
+    network: nn.Module, name: str, tensors: Mapping[str, Tensor], paths: Sequence[str]
+) -> tuple[Tensor, Tensor, float]:
+    """A, B and alpha of layers that another program has as one, in the order of `paths`; not all need an adapter.
+
+    A of every layer is as high as the highest, filled up with zeros; B is a block diagonal.
+    """
+    layers, bases = adapters.lora_layers(network, name), adapters.base_layers(network)
+    scales = {path: adapters.scale(layers[path], name) for path in paths if path in layers}
+    rank = max(layers[path].r[name] for path in scales)
+    # Scale times rank is alpha * sqrt(rank) for rsLoRA. Unequal scales go into B.
+    common = next(iter(scales.values())) if len(set(scales.values())) == 1 else 1.0
+    alpha = common * rank * len(paths)
+    if len(paths) == 1:
+        return tensors[f"{paths[0]}.lora_A.weight"], tensors[f"{paths[0]}.lora_B.weight"], alpha
+    inputs, like = bases[paths[0]].weight.shape[1], tensors[f"{next(iter(scales))}.lora_A.weight"]
+    downs, ups = [], []
+    for path in paths:
+        down, up = like.new_zeros(rank, inputs), like.new_zeros(bases[path].weight.shape[0], rank)
+        if path in scales:
+            own = layers[path].r[name]
+            down[:own] = tensors[f"{path}.lora_A.weight"]
+            up[:, :own] = tensors[f"{path}.lora_B.weight"] * (scales[path] / common)
+        downs.append(down)
+        ups.append(up)
+    return torch.cat(downs), torch.block_diag(*ups), alpha
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write beside the target and rename: a reader sees the old file or the new one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -253,10 +309,15 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: no such file, or not a safetensors file.
     """
-    return _read(find_file(path))[1]
+    return read_file(find_file(path))[1]
 
 
-def _read(file: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_file(file: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (none, unless asked for) and metadata of a file.
+
+    Raises:
+        CheckpointError: it is no safetensors file.
+    """
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
             metadata = dict(handle.metadata() or {})
@@ -285,7 +346,7 @@ def load_lora(
     Args:
         network: the base, or one with other adapters; it is frozen.
         path: file or run folder.
-        family: "sd" or "sdxl".
+        family: its name.
         name: what the adapter is called here; it becomes the only active one.
         trainable: leave it trainable (training goes on from a file).
 
@@ -294,16 +355,21 @@ def load_lora(
         ConfigError: the name is taken.
     """
     file = find_file(path)
-    tensors, metadata = _read(file, tensors=True)
+    tensors, metadata = read_file(file, tensors=True)
+    if "diffalign.gates" in metadata:
+        from diffalign.gates import load_gated
+
+        _check_family(file, metadata, family)
+        return load_gated(network, file, name=name, trainable=trainable)
     origin = _origin(metadata)
     style = "kohya" if any(key.startswith(("lora_unet_", *_TEXT_PREFIXES[:3])) for key in tensors) else "diffusers"
-    layers = _group(file, tensors, style, network, f"a {family} network", origin)
+    if style == "kohya":
+        tensors = _take_apart(network, family, tensors)
+    layers = _group(file, tensors, style, network, family, origin)
     _check_shapes(file, layers, network, f"a {family} network", origin)
-    if metadata.get("diffalign.family", family) != family:
-        raise CheckpointError(
-            f"{file}: an adapter for {origin}, got model.family {family!r}; load it into its own family"
-        )
-    settings = _read_settings(file, metadata) if style == "diffusers" else {}
+    _check_family(file, metadata, family)
+    prefix = f"{format_of(network, family).prefix}."
+    settings = _read_settings(file, metadata, prefix) if style == "diffusers" else {}
     ranks = {path: layer.a.shape[0] for path, layer in layers.items()}
     alphas = {path: _alpha(path, layer, settings) for path, layer in layers.items()}
     if style == "diffusers" and not settings and all(layer.alpha is None for layer in layers.values()):
@@ -340,33 +406,42 @@ def load_lora(
     )
 
 
+def _check_family(file: Path, metadata: Mapping[str, str], family: str) -> None:
+    if metadata.get("diffalign.family", family) != family:
+        raise CheckpointError(
+            f"{file}: an adapter for {_origin(metadata)}, got model.family {family!r}; load it into its own family"
+        )
+
+
 def _origin(metadata: Mapping[str, str]) -> str:
     keys = ("diffalign.family", "modelspec.architecture", "ss_base_model_version")
     return next((repr(metadata[key]) for key in keys if key in metadata), "an unknown model (no metadata)")
 
 
 def _group(
-    file: Path, tensors: Mapping[str, Tensor], style: str, network: nn.Module, here: str, origin: str
+    file: Path, tensors: Mapping[str, Tensor], style: str, network: nn.Module, family: str, origin: str
 ) -> dict[str, _Layer]:
     """The file's tensors by layer path."""
+    prefix = f"{format_of(network, family).prefix}."
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors; expected a LoRA file")
     lookup = {path: path for path in adapters.base_layers(network)}
     if style == "kohya":
-        lookup = {name: path for family in ("sd", "sdxl") for path, name in kohya_names(network, family).items()}
+        kinds = (family,) if format_of(network, family).prefix != "unet" else ("sd", "sdxl")
+        lookup |= {name: paths[0] for kind in kinds for name, paths in kohya_layers(network, kind).items()}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(_TEXT_PREFIXES):
             raise CheckpointError(
-                f"{file}: {key!r} adapts a text encoder, which is not supported; keep the UNet part only"
+                f"{file}: {key!r} adapts a text encoder, which is not supported; keep the network's part only"
             )
         suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
         if suffix is None:
             raise CheckpointError(f"{file}: {key!r} is no LoRA tensor (LoHa, LoKr and others are not supported)")
-        module = key.removesuffix(suffix).removeprefix("unet.")
+        module = key.removesuffix(suffix).removeprefix(prefix)
         if module not in lookup:
             raise CheckpointError(
-                f"{file}: {key!r} fits no layer of {here}; the file is for {origin}; load it into that"
+                f"{file}: {key!r} fits no layer of a {family} network; the file is for {origin}; load it into that"
             )
         part = parts.setdefault(lookup[module], {})
         if _SUFFIXES[suffix] in part:
@@ -382,6 +457,40 @@ def _group(
             )
         layers[path] = _layer(file, path, part, style)
     return layers
+
+
+def _take_apart(network: nn.Module, family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A kohya file's tensors with joined layers as several, each under its own path; the rest is what it was.
+
+    A block-diagonal B gives each layer its share of the rank; any other gives each the whole of A.
+    """
+    found, bases = dict(tensors), adapters.base_layers(network)
+    for name, paths in kohya_layers(network, family).items():
+        down, up = f"{name}.lora_down.weight", f"{name}.lora_up.weight"
+        swapped = halves_swapped(network, family, paths[0])
+        if not {down, up} <= found.keys() or (len(paths) == 1 and not swapped):
+            continue
+        if swapped:
+            found[up] = torch.cat(found[up].chunk(2)[::-1])
+            continue
+        sizes = [bases[path].weight.shape[0] for path in paths]
+        if found[up].ndim != 2 or found[up].shape[0] != sum(sizes):
+            continue  # left as it is, for the message about shapes
+        a, b, alpha = found.pop(down), found.pop(up).split(sizes), found.pop(f"{name}.alpha", None)
+        share, rest = divmod(len(a), len(paths))
+        columns = [slice(i * share, (i + 1) * share) for i in range(len(paths))]
+        diagonal = not rest and all(
+            not part[:, other].any() for i, part in enumerate(b) for j, other in enumerate(columns) if i != j
+        )
+        acts = [bool(part.any()) for part in b]
+        for path, part, column, acting in zip(paths, b, columns, acts, strict=True):
+            if any(acts) and not acting:  # no adapter there
+                continue
+            found[f"{path}.lora_A.weight"] = a[column] if diagonal else a
+            found[f"{path}.lora_B.weight"] = part[:, column] if diagonal else part
+            if alpha is not None:
+                found[f"{path}.alpha"] = alpha / len(paths) if diagonal else alpha
+    return found
 
 
 def _layer(file: Path, path: str, part: Mapping[str, Tensor], style: str) -> _Layer:
@@ -420,8 +529,8 @@ def _check_shapes(file: Path, layers: Mapping[str, _Layer], network: nn.Module, 
                 )
 
 
-def _read_settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """diffusers' adapter settings for the UNet, without prefix; empty if the file has none."""
+def _read_settings(file: Path, metadata: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    """diffusers' adapter settings for the network, without prefix; empty if the file has none."""
     try:
         settings = json.loads(metadata.get(_ADAPTER_KEY, "{}"))
     except json.JSONDecodeError as error:
@@ -430,7 +539,7 @@ def _read_settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         ) from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file}: {_ADAPTER_KEY} in its metadata is no JSON object; the file is damaged")
-    return {key.removeprefix("unet."): value for key, value in settings.items()}
+    return {key.removeprefix(prefix): value for key, value in settings.items()}
 
 
 def _alpha(path: str, layer: _Layer, settings: Mapping[str, Any]) -> float:

@@ -7,13 +7,15 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from families import tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,7 +23,8 @@ from diffalign import adapters
 from diffalign.config import LoraConfig
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.export import find_file, load_lora, read_metadata, save_lora
-from diffalign.lora_format import kohya_names
+from diffalign.families import published
+from diffalign.lora_format import FORMATS, kohya_names
 from diffalign.world.bases import build_untrained
 
 UNTRUE_ALPHA = LoraConfig(rank=4, alpha=10, targets="all")
@@ -434,11 +437,230 @@ def test_callers_mistakes_are_refused(tmp_path: Path) -> None:
         save_lora(unet, LoraConfig(rank=4, alpha=4), tmp_path, family="sd")
     with pytest.raises(ValueError, match="'beta'"):
         save_lora(unet, None, tmp_path, family="sd", metadata={"beta": 5000})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="'flux'"):
-        save_lora(unet, None, tmp_path, family="flux")
     with pytest.raises(ConfigError, match="no adapter named 'other'"):
         save_lora(unet, None, tmp_path, family="sd", name="other")
     assert list(tmp_path.iterdir()) == []
+
+
+# Transformers
+
+
+TRANSFORMERS = ("sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox")
+WITH_KOHYA = ("sd3", "flux", "qwen_image", "wan")
+WITH_LOADER = tuple(family for family in TRANSFORMERS if family != "pixart")  # diffusers has none for it
+ALL = LoraConfig(rank=4, alpha=10, targets="all")
+RS_ALL = LoraConfig(rank=3, alpha=7, targets="attention+ff", use_rslora=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {family: tmp_path_factory.mktemp(family) / "tiny" for family in TRANSFORMERS}
+    for family, folder in made.items():
+        tiny.build(family, folder)
+    return made
+
+
+def transformer(folder: Path, config: LoraConfig | None = None) -> Any:
+    """The transformer of a tiny pipeline, perhaps with an adapter that acts."""
+    index = json.loads((folder / "model_index.json").read_text())
+    network = getattr(diffusers, index["transformer"][1]).from_pretrained(folder / "transformer")
+    network.requires_grad_(False)
+    if config is not None:
+        adapters.attach(network, config)
+        draw = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in adapters.parameters(network):
+                parameter += 0.2 * torch.randn(parameter.shape, generator=draw)
+    return network
+
+
+def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(same(one[path], other[path]) for path in one)
+
+
+@pytest.mark.parametrize("family", WITH_LOADER)
+@pytest.mark.parametrize("config", [ALL, RS_ALL])
+def test_stock_pipelines_load_transformer_files_with_equal_weights(
+    tmp_path: Path, folders: dict[str, Path], caplog: pytest.LogCaptureFixture, family: str, config: LoraConfig
+) -> None:
+    network = transformer(folders[family], config)
+    files = save_lora(network, config, tmp_path, family=family)
+    index = json.loads((folders[family] / "model_index.json").read_text())
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folders[family])
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    pipeline.load_lora_weights(tmp_path, weight_name=files["diffusers"].name)
+    logging.getLogger("diffusers").removeHandler(caplog.handler)
+    warned = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [text for text in warned if not text.startswith("No LoRA keys associated to CLIPText")] == []
+    assert equal(adapters.delta_weights(pipeline.transformer, "default_0"), adapters.delta_weights(network))
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+@pytest.mark.parametrize("config", [ALL, RS_ALL])
+def test_our_reader_gets_equal_weights_from_transformer_files(
+    tmp_path: Path, folders: dict[str, Path], family: str, config: LoraConfig
+) -> None:
+    network = transformer(folders[family], config)
+    files = save_lora(network, config, tmp_path, family=family)
+    assert files.keys() == ({"diffusers", "kohya"} if family in WITH_KOHYA else {"diffusers"})
+    for style, file in files.items():
+        again = transformer(folders[family])
+        info = load_lora(again, file, family=family)
+        assert (info.style, info.modules) == (style, len(adapters.lora_layers(network)))
+        assert equal(adapters.delta_weights(again), adapters.delta_weights(network))
+        start = "transformer." if style == "diffusers" else "lora_unet_"
+        assert all(key.startswith(start) for key in load_file(file))
+
+
+def test_joined_layers_may_have_adapters_in_part_and_of_several_ranks(tmp_path: Path, folders: dict[str, Path]) -> None:
+    network = transformer(folders["sd3"])
+    block = "transformer_blocks.0.attn"
+    ranks = {f"{block}.to_q": 2, f"{block}.to_v": 4, f"{block}.add_k_proj": 3}
+    adapters.attach_modules(network, ranks, {f"{block}.to_q": 6.0, f"{block}.to_v": 4.0, f"{block}.add_k_proj": 1.0})
+    for parameter in adapters.parameters(network):
+        parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    files = save_lora(network, None, tmp_path, family="sd3")
+    tensors = load_file(files["kohya"])
+    joined = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    assert tensors[f"{joined}.lora_down.weight"].shape == (3 * 4, 16)
+    assert tensors[f"{joined}.lora_up.weight"].shape == (3 * 16, 3 * 4)
+    again = transformer(folders["sd3"])
+    load_lora(again, files["kohya"], family="sd3")
+    assert equal(adapters.delta_weights(again), adapters.delta_weights(network))
+
+
+def kohya_deltas(file: Path) -> dict[str, Tensor]:
+    """What a kohya file adds to each layer, as every reader computes it."""
+    tensors = load_file(file)
+    names = {key.split(".")[0] for key in tensors}
+    return {
+        name: tensors[f"{name}.lora_up.weight"]
+        @ tensors[f"{name}.lora_down.weight"]
+        * (tensors[f"{name}.alpha"] / len(tensors[f"{name}.lora_down.weight"]))
+        for name in names
+    }
+
+
+class Checkpoint(dict[str, Tensor]):
+    """A checkpoint of the original code in which all that is not asked about is zero."""
+
+    def pop(self, key: str, *default: Any) -> Any:
+        return super().pop(key, torch.zeros(6))
+
+
+def test_sd3_kohya_names_are_those_of_the_original_checkpoint(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """diffusers' converter of checkpoints turns the kohya file's changes into those of the adapter, halves and all."""
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    network = transformer(folders["sd3"], ALL)
+    file = save_lora(network, ALL, tmp_path, family="sd3")["kohya"]
+    dots = {"x_block_": "x_block.", "context_block_": "context_block.", "attn_": "attn.", "attn2_": "attn2."}
+    dots |= {"mlp_": "mlp.", "adaLN_modulation_1": "adaLN_modulation.1"}
+    checkpoint = Checkpoint({"context_embedder.weight": torch.zeros(16, 1)})
+    for name, change in kohya_deltas(file).items():
+        number, rest = name.removeprefix("lora_unet_joint_blocks_").split("_", 1)
+        for ours, theirs in dots.items():
+            rest = rest.replace(ours, theirs)
+        checkpoint[f"joint_blocks.{number}.{rest}.weight"] = change
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
+    expected = adapters.delta_weights(network)
+    assert "transformer_blocks.1.norm1_context.linear" in expected
+    for path, change in expected.items():
+        assert same(converted[f"{path}.weight"], change), path
+
+
+def test_flux_kohya_files_become_the_adapter_again_in_diffusers(tmp_path: Path) -> None:
+    """At the published width, which diffusers' converter takes for granted; the network itself has no memory."""
+    config = published.component_configs("flux1-dev")["transformer"] | {"num_layers": 1, "num_single_layers": 1}
+    network = published.build_from_config(config, device="meta")
+    adapters.attach(network, LoraConfig(rank=2, alpha=6, targets="all"))
+    draw = torch.Generator().manual_seed(3)
+    for layer in adapters.lora_layers(network).values():
+        for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+            factor.weight = torch.nn.Parameter(torch.randn(factor.weight.shape, generator=draw))
+    file = save_lora(network, None, tmp_path, family="flux")["kohya"]
+    converted = diffusers.FluxPipeline.lora_state_dict(load_file(file))
+    assert len(converted) == 2 * len(adapters.lora_layers(network))
+    for path, layer in adapters.lora_layers(network).items():
+        a, b = (converted[f"transformer.{path}.lora_{part}.weight"] for part in "AB")
+        assert a.shape[0] == 2
+        ours = layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach() * 3
+        assert same(b @ a, ours), path
+
+
+@pytest.mark.parametrize(("family", "targets"), [("wan", "attention+ff"), ("qwen_image", "attention+ff")])
+def test_other_kohya_files_load_in_diffusers(
+    tmp_path: Path, folders: dict[str, Path], family: str, targets: str
+) -> None:
+    network = transformer(folders[family], LoraConfig(rank=4, alpha=10, targets=targets))
+    file = save_lora(network, None, tmp_path, family=family)["kohya"]
+    index = json.loads((folders[family] / "model_index.json").read_text())
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folders[family])
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    assert equal(adapters.delta_weights(pipeline.transformer, "default_0"), adapters.delta_weights(network))
+
+
+def test_what_a_kohya_file_cannot_say_leaves_it_out(
+    tmp_path: Path, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "pytorch_lora_weights_kohya.safetensors").write_bytes(b"of an earlier adapter")
+    dora = transformer(folders["flux"], LoraConfig(rank=2, targets="attention", use_dora=True))
+    assert save_lora(dora, None, tmp_path, family="flux").keys() == {"diffusers"}
+    assert "DoRA cannot be said" in caplog.text
+    assert [file.name for file in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    again = transformer(folders["flux"])
+    load_lora(again, tmp_path, family="flux")
+    assert equal(adapters.state_dict(again), adapters.state_dict(dora))
+    outside = transformer(folders["sd3"], LoraConfig(rank=2, targets=("context_embedder", "to_q")))
+    assert save_lora(outside, None, tmp_path / "outside", family="sd3").keys() == {"diffusers"}
+    assert "'context_embedder' has no name" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "module"),
+    [
+        ("sd3", "stable-diffusion-3-m/lora", "networks.lora_sd3"),
+        ("flux", "flux-1-dev/lora", "networks.lora_flux"),
+        ("qwen_image", "Qwen-Image/lora", "networks.lora_qwen_image"),
+        ("wan", "wan2.1/lora", "networks.lora_wan"),
+        ("pixart", "pixart-sigma/lora", None),
+    ],
+)
+def test_metadata_of_transformers(
+    tmp_path: Path, folders: dict[str, Path], family: str, architecture: str, module: str | None
+) -> None:
+    files = save_lora(transformer(folders[family], ALL), ALL, tmp_path, family=family, metadata={"resolution": "512"})
+    metadata = read_metadata(files["diffusers"])
+    assert metadata["modelspec.architecture"] == architecture
+    assert metadata["modelspec.resolution"] == "512x512"
+    assert metadata["diffalign.family"] == family
+    assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == 10
+    if module is not None:
+        kohya = read_metadata(files["kohya"])
+        assert kohya["ss_network_module"] == module
+        assert "lora_adapter_metadata" not in kohya
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("sd3-medium", "stable-diffusion-3-m"),
+        ("sd35-medium", "stable-diffusion-3-5-medium"),
+        ("sd35-large", "stable-diffusion-3-5-large"),
+        ("flux1-schnell", "flux-1-schnell"),
+    ],
+)
+def test_published_architectures_have_their_modelspec_names(name: str, architecture: str) -> None:
+    config = published.component_configs(name)["transformer"]
+    network = published.build_from_config(config | {"num_layers": 1, "pos_embed_max_size": 8}, device="meta")
+    family = "sd3" if name.startswith("sd3") else "flux"
+    assert FORMATS[family].spec(network, {})[0] == architecture
+
+
+def test_an_adapter_of_another_transformer_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
+    file = save_lora(transformer(folders["sd3"], ALL), ALL, tmp_path, family="sd3")["kohya"]
+    refused(transformer(folders["flux"]), file, "flux", "fits no layer of a flux network")
+    refused(transformer(folders["sd3"]), file.with_name("pytorch_lora_weights.safetensors"), "flux", "'sd3'")
 
 
 # Refusing
