@@ -90,6 +90,10 @@ class DataConfig:
     """Which comparisons are trained on.
 
     Attributes:
+    base: Literal["tiny-sdxl", "tiny-sd3"] | None = None
+    chosen: Literal["sampled", "drawn"] = "sampled"
+    aspects: bool = False
+    maps: bool = False
         format: a reader of `diffalign/data/readers` ("pickapic", "pickapic_wds", "hpdv2", "image_preferences",
             "folder", "jsonl"; "text" for language models).
         sources: tried in order: local files or folders, then hub data set ids. The first that can be used is used.
@@ -105,6 +109,12 @@ class DataConfig:
         max_unusable: abort when more than this share of the rows is unusable (0.5: a wrong format, not a few bad rows).
         weight_by_prompt: weight each pair by 1 / number of comparisons of its prompt, where the source says so.
         resolution: training size in pixels (the area, with buckets).
+        label_from: who says which image won: the "label", or the first of the rows' "rewards" (SmPO). Then equal rewards are
+            ties, and labels are read for dropping people's ties alone.
+        label: how sure it is that the chosen image is preferred: as "given"; or by the first reward, with probability
+            sigmoid((r_chosen - r_rejected) / label_temperature): that itself ("soft"), or a draw from it at every visit
+            ("sampled"; subject-driven RPO). Which image is the chosen one stays.
+        label_temperature: see `label`; rewards in [0, 1] at 1, as published, give labels that are nearly coin flips.
         buckets: group pairs by aspect ratio instead of cropping all to squares.
         crop: "center" or "random" (drawn once per image when it is cached).
         flip: flip both images of a pair together with probability 1/2 (drawn once when cached).
@@ -134,6 +144,9 @@ class DataConfig:
     weight_by_prompt: bool = False
     resolution: int = 1024
     buckets: bool = False
+    label_from: Literal["label", "rewards"] = "label"
+    label: Literal["given", "soft", "sampled"] = "given"
+    label_temperature: float = 1.0
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     num_frames: int = 1

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from diffalign import plugins
 from diffalign.config import GenerationConfig, RolloutConfig, RunConfig
@@ -91,7 +90,7 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
             + ". See `diffalign list objectives`"
         )
     if objective.source == "data" and "groups" not in objective.needs.layout:
-        _rehearse(objective)
+        _rehearse(objective, _facts(config))
     _check_image_rollout(config)
     if config.rollout.guidance_scale != 1 and not family.unconditional:  # type: ignore[attr-defined]
         raise ConfigError(
@@ -148,43 +147,39 @@ def _check_image_rollout(config: RunConfig) -> None:
         rewards.check_images(name)
 
 
-def _rehearse(objective: Objective) -> None:
+def _rehearse(objective: Objective, facts: Collection[str] = ()) -> None:
     """Compute the objective on two made-up image pairs, as training will: whatever they do not supply is said now.
 
     Raises:
         ConfigError: what the objective reads and image pairs do not have.
-    """
-    from diffalign.data.batch import PairBatch
-    from diffalign.losses import Scores
+    Args:
+        objective: to be tried.
+        facts: what the pairs have beyond a label (`diffalign.data.facts`).
 
-    nothing = torch.zeros(2, 1, 1, 1)
-    batch = PairBatch(
-        ids=("a", "b"),
-        chosen=nothing,
-        rejected=nothing,
-        text={},
-        chosen_image={},
-        rejected_image={},
-        p=torch.ones(2),
-        weight=torch.ones(2),
-        t=torch.zeros(2, dtype=torch.int64),
-        noise=nothing,
-    )
-    rows, layout = batch.rows(objective.needs)
-    missed = torch.linspace(0.3, 0.4, len(rows.x0)).view(-1, 1, 1, 1)
-    scores = Scores.residuals(missed, missed if objective.reads_reference() else None)
-    if objective.needs.log_snr:
-        scores = dataclasses.replace(scores, log_snr=torch.zeros(len(rows.x0)))
-    if objective.needs.patch_weight:
-        scores = dataclasses.replace(scores, patch_weight=torch.ones(len(rows.x0), 1, 1))
-    try:
-        estimator = objective.estimator()
-        objective(scores, layout, None if estimator is None else estimator.update(scores, layout))
-    except ValueError as error_:  # how the losses say that something they read is not there
-        raise ConfigError(
-            f"objective {objective.name!r} cannot be computed on image pairs: {error_}; it can be used as a library "
-            "(docs/explanation/preference-core.md)"
-        ) from error_
+    """
+    from diffalign.data.facts import READ_BY_OBJECTIVES, why_not
+
+    if not (error := why_not(objective, facts)):
+        return
+    advice = "it can be used as a library (docs/explanation/preference-core.md)"
+    if not why_not(objective, READ_BY_OBJECTIVES):
+        advice = "see docs/how-to/data.md for data that have it"
+    raise ConfigError(f"objective {objective.name!r} cannot be computed on image pairs: {error}; {advice}")
+
+
+def _facts(config: RunConfig) -> frozenset[str]:
+    """What the rows of the configured data, or the images that are sampled, may have beyond a label."""
+    from diffalign.data.facts import ASPECT, MAPS, REWARDS
+    from diffalign.data.readers import Reader
+
+    if config.rollout.rewards:
+        return frozenset({REWARDS})
+    world = config.data.world_pairs
+    if world is not None:
+        asked = {REWARDS: True, ASPECT: world.aspects, MAPS: world.maps}
+        return frozenset(fact for fact, there in asked.items() if there)
+    reader: type[Reader] = plugins.find("readers", config.data.format)
+    return reader.facts
 
 
 # Keys that only one modality reads: set for the other, they would silently do nothing.
@@ -205,6 +200,9 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "data.world_pairs",
         "training.channels_last",
         *(
+        "data.label_from",
+        "data.label",
+        "data.label_temperature",
             f"rollout.{name}"
             for name in (
                 "prompts",
@@ -291,6 +289,7 @@ def check_text(config: RunConfig) -> None:
         raise ConfigError(f"data.format: got {config.data.format!r}; family {config.model.family!r} reads 'text'")
     if "auto" in (config.training.train_batch_size, config.training.gradient_checkpointing):
         raise ConfigError(
+    _check_labels(config)
             "training: 'auto' batch size and checkpointing are measured for image models only; give train_batch_size a "
             "number and gradient_checkpointing true or false"
         )
@@ -301,6 +300,31 @@ def check_text(config: RunConfig) -> None:
     if text.max_prompt_length is not None and not 1 <= text.max_prompt_length < text.max_length:
         raise ConfigError(
             f"text.max_prompt_length: got {text.max_prompt_length}; expected 1 to {text.max_length - 1} (max_length - 1)"
+def _check_labels(config: RunConfig) -> None:
+    """Refuse labels of rewards that the data cannot have, or that nobody would read."""
+    from diffalign.data.facts import REWARDS
+    from diffalign.sampling.rollouts import samples_images
+
+    data = config.data
+    if data.label_temperature <= 0:
+        raise ConfigError(f"data.label_temperature: got {data.label_temperature}; expected a positive number")
+    if data.label_temperature != 1 and data.label == "given":
+        raise ConfigError("data.label_temperature: has no effect on given labels; set data.label to soft or sampled")
+    world = data.world_pairs
+    if world is not None and world.maps and world.chosen != "drawn":
+        raise ConfigError(
+            "data.world_pairs.maps compares samples with drawings; it needs data.world_pairs.chosen: drawn"
+        )
+    if data.label != "given" and samples_images(config):
+        raise ConfigError(f"data.label: got {data.label!r}; it has no effect where images are sampled; set it to given")
+    for key, value, default in (("label_from", data.label_from, "label"), ("label", data.label, "given")):
+        if value != default and REWARDS not in _facts(config):
+            raise ConfigError(
+                f"data.{key}: got {value!r}, and rows of format {data.format!r} have no rewards; expected {default!r}, or a "
+                "format that has them ('jsonl', 'pickapic')"
+            )
+
+
         )
     check_generation(generation)
     _check_rollout(config, rollout, generation)

@@ -24,7 +24,7 @@ class PairExample:
         chosen, rejected: scaled latents (C, ..., h, w).
         text: text conditioning of the prompt.
         chosen_image, rejected_image: per-image conditioning (SDXL's time ids).
-        p: probability that `chosen` is preferred, in [1/2, 1].
+        p: probability that `chosen` is preferred: in [1/2, 1] as labelled, in [0, 1] if it is what rewards say.
         weight: of the pair.
         t: timestep.
         noise: (C, ..., h, w), shared by both images.
@@ -244,7 +244,12 @@ class RowBatch(Batch):
 
 
 def collate(examples: Sequence[PairExample]) -> PairBatch:
-    """Stack examples of equal latent shape; what is optional is there in all of them or in none."""
+    """Stack examples of equal latent shape; what is optional is there in all of them or in none.
+
+    But for the text of the rejected image: where only some have one of its own, it is that of the pair in the others.
+    """
+    if any(e.rejected_text is not None for e in examples):
+        examples = [e if e.rejected_text is not None else replace(e, rejected_text=e.text) for e in examples]
     first = examples[0]
 
     def stack(values: list[Any]) -> Any:

@@ -3,8 +3,8 @@
 Layout of a cache folder:
 
     manifest.json            fingerprint of everything that determines the contents, source, and whether it is complete
-    pairs-<name>.parquet     rows: id, order, prompt, image keys, p, weight, user, sizes
-    images-<name>.safetensors    latents by image key            (written before their parquet file)
+    pairs-<name>.parquet     rows: id, order, prompt, image keys, p, weight, user, sizes, extra (JSON, or null)
+    images-<name>.safetensors    latents by image key, maps by `map/<record id>/<0 or 1>` (written before their parquet file)
     prompts-<name>.safetensors   text conditioning, `<prompt key>/<tensor name>`; never written twice
     data_report.json         what was read, kept, skipped and why
 
@@ -15,6 +15,7 @@ the folder is left over from a kill and is written again. Building with several 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 from collections import OrderedDict
@@ -39,11 +40,13 @@ from diffalign.data.encode import (
     encode_images,
     encode_prompts,
     is_pair,
+    maps_of,
     note_truncation,
     overflow_advice,
     prepare_all,
     prompt_key,
 )
+from diffalign.data.facts import MAPS, PROMPTS
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.errors import DataError
@@ -65,6 +68,7 @@ SCHEMA = pa.schema(
         ("weight", pa.float32()),
         ("user", pa.string()),
         ("geometry", pa.list_(pa.int32(), 10)),  # two original sizes, two crops, the target size
+        ("extra", pa.string()),  # the record's, with `true` in place of the maps
     ]
 )
 
@@ -101,11 +105,12 @@ class CacheBuilder:
         self._waiting: list[tuple[int, PreparedPair]] = []
         self._queue: dict[tuple[int, ...], dict[str, Prepared]] = {}
         self._latents: dict[str, Tensor | None] = {}
+        self._maps: dict[str, Tensor] = {}
         self._rows: list[dict[str, Any]] = []
         cached_prompts: dict[str, None] = {"": None}
         for table in tables(folder):
             self.done.update(table.column("id").to_pylist())
-            cached_prompts |= dict.fromkeys(table.column("prompt").to_pylist())
+            cached_prompts |= dict.fromkeys(_prompts(table))
         for path in folder.glob("prompts-*.safetensors"):
             self.known_prompts.update(_prompt_names(path) or ())
         # The empty prompt, and what was lost with a prompt file that somebody deleted.
@@ -206,6 +211,9 @@ class CacheBuilder:
             else:
                 note_truncation(self.family, pair.record, report)
                 self._rows.append(_row(order, pair))
+                found = [latent for key in keys if (latent := self._latents[key]) is not None]
+                for side, weights in enumerate(maps_of(pair, (found[0], found[1]))):
+                    self._maps[_map_name(pair.record.id, side)] = weights.to(self.dtype)
         self._check_overflow(at_least=EARLY_PAIRS)
 
     def _check_overflow(self, at_least: int) -> None:
@@ -224,6 +232,7 @@ class CacheBuilder:
         name = self._free("pairs-", f"r{self.rank}-{{:05d}}", ".parquet")
         used = {key for row in self._rows for key in row["image_keys"]}
         latents = {key: value for key, value in self._latents.items() if value is not None and key in used}
+        latents |= self._maps
         size = sum(latent.nbytes for latent in latents.values())
         if free_bytes(self.folder) < 2 * size + (64 << 20):
             raise DataError(
@@ -231,16 +240,17 @@ class CacheBuilder:
                 "cache.dir, or set data.max_pairs. What is cached is kept, and the build goes on from there"
             )
         _save(latents, self.folder / f"images-{name}.safetensors")
-        distinct = dict.fromkeys(row["prompt"] for row in self._rows)
-        if prompts := [p for p in distinct if prompt_key(p) not in self.known_prompts]:
+        table = pa.Table.from_pylist(self._rows, schema=SCHEMA)
+        if prompts := [p for p in _prompts(table) if prompt_key(p) not in self.known_prompts]:
             self._write_prompts(name, prompts)
         temporary = self.folder / f".tmp-pairs-{name}-{os.getpid()}"
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), temporary)
+        pq.write_table(table, temporary)
         os.replace(temporary, self.folder / f"pairs-{name}.parquet")
         self.done.update(row["id"] for row in self._rows)
         self._made += len(self._rows)
         self._rows.clear()
         self._latents.clear()
+        self._maps.clear()
         self.progress(self._made)
 
     def _free(self, before: str, pattern: str, after: str) -> str:
@@ -275,7 +285,23 @@ def _row(order: int, pair: PreparedPair) -> dict[str, Any]:
         "weight": record.weight,
         "user": record.user,
         "geometry": geometry,
+        "extra": json.dumps(record.extra | ({MAPS: True} if MAPS in record.extra else {})) if record.extra else None,
     }
+
+
+def _map_name(record: str, side: int) -> str:
+    return f"map/{record}/{side}"
+
+
+def _extras(table: pa.Table) -> list[dict[str, Any]]:
+    """What the rows say beyond the label, without the maps themselves."""
+    return [json.loads(text) if text else {} for text in table.column("extra").to_pylist()]
+
+
+def _prompts(table: pa.Table) -> list[str]:
+    """Distinct prompts, those that images have of their own included."""
+    own = [prompt for extra in _extras(table) for prompt in extra.get(PROMPTS, ())]
+    return list(dict.fromkeys([*table.column("prompt").to_pylist(), *own]))
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -334,7 +360,7 @@ class LatentCache:
 
     def missing_prompts(self) -> list[str]:
         """Distinct prompts without an embedding, the empty one included: those of a file that somebody deleted."""
-        return [p for p in dict.fromkeys(["", *self.prompts]) if prompt_key(p) not in self._text_names]
+        return [p for p in dict.fromkeys(["", *_prompts(self._table)]) if prompt_key(p) not in self._text_names]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict()}  # file handles stay in their process
@@ -343,6 +369,11 @@ class LatentCache:
     def prompts(self) -> list[str]:
         """The prompt of every pair, in order."""
         return self._table.column("prompt").to_pylist()  # type: ignore[no-any-return]
+
+    @property
+    def extras(self) -> list[dict[str, Any]]:
+        """What every pair has beyond its label, in order; maps are not read, but named."""
+        return _extras(self._table)
 
     @property
     def target_sizes(self) -> list[tuple[int, int]]:
@@ -354,6 +385,9 @@ class LatentCache:
         row = self._table.slice(index, 1).to_pylist()[0]
         g, shard = row["geometry"], self.folder / row["shard"]
         a, b = row["image_keys"]
+        extra = json.loads(row["extra"]) if row["extra"] else {}
+        if MAPS in extra:
+            extra[MAPS] = [self._tensor(shard, _map_name(row["id"], side)) for side in (0, 1)]
         return EncodedPair(
             id=row["id"],
             prompt=row["prompt"],
@@ -364,6 +398,7 @@ class LatentCache:
             original_sizes=((g[0], g[1]), (g[2], g[3])),
             crops=((g[4], g[5]), (g[6], g[7])),
             target_size=(g[8], g[9]),
+            extra=extra,
         )
 
     def text(self, prompt: str) -> dict[str, Tensor]:

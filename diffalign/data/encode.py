@@ -7,13 +7,15 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.config import DataConfig
-from diffalign.data.images import UndecodableImage, buckets, pair_bucket, transform
+from diffalign.data.facts import MAPS, BadFact, fit_map, load_map
+from diffalign.data.images import UndecodableImage, buckets, pair_bucket, plan_crop, transform
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.data.video import TooShort, decode_clip
@@ -30,6 +32,8 @@ class Prepared:
         key: hash of its bytes and of everything done to it; equal keys mean equal latents.
         pixels: uint8 RGB, (3, H, W) or (3, F, H, W): a quarter of the memory while an image waits for the VAE.
         original_size, crop_top_left, target_size: (height, width) or (top, left) in pixels.
+        flipped: mirrored left to right before the crop.
+        weights: the image's map of weights as it came, (rows, columns), where there is one.
     """
 
     key: str
@@ -37,6 +41,15 @@ class Prepared:
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
     target_size: tuple[int, int]
+    flipped: bool = False
+    weights: Tensor | None = None
+
+    def weights_at(self, size: tuple[int, int]) -> Tensor | None:
+        """The map cropped, mirrored and resized as the image was, at the size of its latents (h, w)."""
+        if self.weights is None:
+            return None
+        resized = plan_crop(self.original_size, self.target_size).resized
+        return fit_map(self.weights, resized, self.crop_top_left, self.target_size, size, flip=self.flipped)
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,10 @@ class Unusable:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPair:
-    """One pair as latents; sizes are (height, width) and crops (top, left) in pixels, per image."""
+    """One pair as latents; sizes are (height, width) and crops (top, left) in pixels, per image.
+
+    `extra` is the record's, in the record's own order, but that maps are tensors of the latents' size (h, w).
+    """
 
     id: str
     prompt: str
@@ -69,6 +85,7 @@ class EncodedPair:
     original_sizes: tuple[tuple[int, int], tuple[int, int]]
     crops: tuple[tuple[int, int], tuple[int, int]]
     target_size: tuple[int, int]
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Preparer:
@@ -95,23 +112,27 @@ class Preparer:
         try:
             raw = [item.parts() for item in record.images]
             clips = [decode_clip(parts, frames, stride) for parts in raw]
+            maps: list[Tensor | None] = [load_map(value) for value in record.extra.get(MAPS, ())]
         except UndecodableImage as error:
             return Unusable(record, "undecodable", str(error))
         except TooShort as error:
             return Unusable(record, "too_short", str(error))
+        except BadFact as error:
+            return Unusable(record, error.reason, str(error))
         except OSError as error:
             return Unusable(record, "unreadable", str(error))
         size = pair_bucket([(clip[0].height, clip[0].width) for clip in clips], self.sizes)
         generator = generator_for(self.seed, record.id)
         flip = self.config.flip and bool(torch.rand((), generator=generator) < 0.5)
         prepared = []
-        for parts, clip in zip(raw, clips, strict=True):
+        for parts, clip, weights in zip(raw, clips, maps or [None] * len(raw), strict=True):
             done = transform(clip, size, crop=self.config.crop, flip=flip, generator=generator)
             settings = f"{size} {done.crop_top_left} {flip}" + (f" {frames} {stride}" if frames > 1 else "")
             digest = b"".join(hashlib.sha256(part).digest() for part in parts)
             key = hashlib.sha256(digest + settings.encode()).hexdigest()[:24]
             pixels = done.pixels.add(1).mul_(127.5).round_().to(torch.uint8)  # exact: they come from bytes
-            prepared.append(Prepared(key, pixels, done.original_size, done.crop_top_left, done.target_size))
+            geometry = done.original_size, done.crop_top_left, done.target_size
+            prepared.append(Prepared(key, pixels, *geometry, flip, weights))
         return PreparedPair(record, (prepared[0], prepared[1]))
 
 
@@ -190,10 +211,17 @@ def encode_prompts(family: DenoisingFamily, prompts: list[str], batch_size: int 
 
 
 def note_truncation(family: DenoisingFamily, record: Record, report: DataReport) -> None:
-    """Count a prompt whose end the text encoder will not see."""
-    tokens, limit = family.count_tokens(record.prompt)
-    if tokens > limit:
-        report.note("truncated_prompt", f"{tokens} tokens, the encoder takes {limit}", record)
+    """Count every prompt of a record whose end the text encoder will not see."""
+    for prompt in record.prompts:
+        tokens, limit = family.count_tokens(prompt)
+        if tokens > limit:
+            report.note("truncated_prompt", f"{tokens} tokens, the encoder takes {limit}", record)
+
+
+def maps_of(pair: PreparedPair, latents: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The maps of both images at the size of their latents; empty if the record has none."""
+    fitted = [image.weights_at((x.shape[-2], x.shape[-1])) for image, x in zip(pair.images, latents, strict=True)]
+    return [weights for weights in fitted if weights is not None]
 
 
 def overflow_advice(family: DenoisingFamily) -> str:
@@ -254,6 +282,10 @@ class LivePairs:
         return [record.prompt for record in self.records]
 
     @property
+    def extras(self) -> list[dict[str, Any]]:
+        return [record.extra for record in self.records]
+
+    @property
     def target_sizes(self) -> list[tuple[int, int]]:
         return [self.preparer.sizes[0]] * len(self.records)
 
@@ -278,14 +310,16 @@ class LivePairs:
         if not all(bool(latent.isfinite().all()) for latent in latents.values()):
             raise DataError(f"record {record.id}: its latents are not finite; {overflow_advice(self.family)}")
         assert record.p is not None, "records without a label were left out"
+        pair = latents[a.key], latents[b.key]
         return EncodedPair(
             id=record.id,
             prompt=record.prompt,
-            latents=(latents[a.key], latents[b.key]),
+            latents=pair,
             p=record.p,
             weight=record.weight,
             user=record.user,
             original_sizes=(a.original_size, b.original_size),
             crops=(a.crop_top_left, b.crop_top_left),
             target_size=a.target_size,
+            extra=record.extra | ({MAPS: maps} if (maps := maps_of(prepared, pair)) else {}),
         )

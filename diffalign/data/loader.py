@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from diffalign.config import DenoisingConfig
 from diffalign.data.batch import PairBatch, PairExample, collate
 from diffalign.data.encode import EncodedPair
+from diffalign.data.facts import ASPECT, MAPS, PROMPTS, REWARDS
 from diffalign.errors import DataError
 from diffalign.families import Conditioning, DenoisingFamily
 from diffalign.schedules import generator_for, sample_seed
@@ -30,6 +32,9 @@ class PairData(Protocol):
 
     @property
     def target_sizes(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def extras(self) -> list[dict[str, Any]]: ...
 
     def pair(self, index: int) -> EncodedPair: ...
 
@@ -147,6 +152,10 @@ class PairMicroBatches(Dataset[PairBatch]):
         family: for image conditioning and the length of the schedule.
         seed: of the draws.
         independent: give the rejected image a timestep and noise of its own.
+        facts: further facts (`diffalign.data.facts`) that examples have; every pair must.
+        label: "given", or what the first reward says of the chosen image: "soft" its probability to be preferred, "sampled"
+            a draw from it at every visit.
+        temperature: divides the difference of rewards of "soft" and "sampled".
     """
 
     def __init__(
@@ -157,9 +166,13 @@ class PairMicroBatches(Dataset[PairBatch]):
         family: DenoisingFamily,
         seed: int,
         independent: bool = False,
+        *,
+        facts: Collection[str] = (),
+        label: Literal["given", "soft", "sampled"] = "given",
+        temperature: float = 1.0,
     ) -> None:
         self.data, self.plan, self.denoising, self.seed = data, plan, denoising, seed
-        self.independent = independent
+        self.independent, self.facts, self.label, self.temperature = independent, frozenset(facts), label, temperature
         self.image_conditioning = family.image_conditioning
         self.num_timesteps = family.schedule.num_timesteps
         self.timestep_sampling = family.timestep_sampling
@@ -178,7 +191,10 @@ class PairMicroBatches(Dataset[PairBatch]):
             for size, crop in zip(pair.original_sizes, pair.crops, strict=True)
         ]
         chosen, rejected = (0, 1) if pair.p >= 0.5 else (1, 0)
-        own: dict[str, Any] = {}
+        own = self._facts(pair, chosen, rejected)
+        prompts = ["", ""] if dropped and not keep_prompt else pair.extra.get(PROMPTS, [pair.prompt] * 2)
+        if PROMPTS in pair.extra:
+            own["rejected_text"] = self.data.text(prompts[rejected])
         if self.independent:
             own["rejected_t"], own["rejected_noise"], _ = draw(
                 self.denoising, generator, shape, self.num_timesteps, self.timestep_sampling
@@ -187,15 +203,41 @@ class PairMicroBatches(Dataset[PairBatch]):
             id=pair.id,
             chosen=pair.latents[chosen],
             rejected=pair.latents[rejected],
-            text=self.data.text("" if dropped and not keep_prompt else pair.prompt),
+            text=self.data.text(prompts[chosen]),
             chosen_image=conditioning[chosen],
             rejected_image=conditioning[rejected],
-            p=max(pair.p, 1 - pair.p),
+            p=self._p(pair, chosen, rejected, visit),
             weight=pair.weight,
             t=t,
             noise=noise,
             **own,
         )
+
+    def _facts(self, pair: EncodedPair, chosen: int, rejected: int) -> dict[str, Any]:
+        """Fields of the example beyond the label, the chosen image's first whichever it is."""
+        found: dict[str, Any] = {}
+        if REWARDS in self.facts:
+            rewards = torch.tensor(pair.extra[REWARDS], dtype=torch.float32)
+            found |= {"chosen_reward": rewards[chosen], "rejected_reward": rewards[rejected]}
+        if ASPECT in self.facts:
+            found["aspect"] = int(pair.extra[ASPECT])
+        if MAPS in self.facts:
+            maps = pair.extra[MAPS]
+            found |= {"chosen_map": maps[chosen], "rejected_map": maps[rejected]}
+        return found
+
+    def _p(self, pair: EncodedPair, chosen: int, rejected: int, visit: int) -> float:
+        """The label of the chosen image."""
+        if self.label == "given":
+            return max(pair.p, 1 - pair.p)
+        rewards = pair.extra[REWARDS]
+        gap = (rewards[chosen][0] - rewards[rejected][0]) / self.temperature
+        probability = 1 / (1 + math.exp(-max(-700.0, gap)))
+        if self.label == "soft":
+            return probability
+        # A generator of its own: timestep and noise are those of the given labels.
+        drawn = torch.rand((), generator=generator_for(self.seed, f"{pair.id} label", visit))
+        return float(drawn < probability)
 
 
 def micro_batches(dataset: Dataset[Any], numbers: Iterator[int] | range, workers: int) -> Iterator[Any]:

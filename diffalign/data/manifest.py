@@ -16,9 +16,9 @@ from diffalign.errors import DataError
 from diffalign.families import DenoisingFamily
 from diffalign.files import atomic_write_text, sha256
 
-VERSION = 1
+VERSION = 2  # 2: a column `extra`; what is in it was not read before
 # Keys of the data section that do not change what a cached pair is.
-NEUTRAL_DATA_KEYS = ("keep_downloads", "max_disk_gb", "max_unusable", "sources")
+NEUTRAL_DATA_KEYS = ("keep_downloads", "label", "label_temperature", "max_disk_gb", "max_unusable", "sources")
 
 
 def fingerprint(config: RunConfig, family: DenoisingFamily) -> dict[str, Any]:

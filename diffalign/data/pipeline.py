@@ -11,12 +11,13 @@ import dataclasses
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 from diffalign import plugins
 from diffalign.config import DataConfig
+from diffalign.data.facts import ASPECT, PROMPTS, REWARDS, winners_prompt
 from diffalign.data.prompts import load_prompts, normalised
 from diffalign.data.readers import Place, Reader, UnreadableShard
 from diffalign.data.record import ImageItem, Record
@@ -54,7 +55,7 @@ def check(config: DataConfig, source: Source) -> None:
     raise DataError(f"{source.id}: none of its {len(broken)} shards can be read ({broken[0]}); check data.format")
 
 
-def iterate(config: DataConfig, source: Source, report: DataReport) -> Iterator[Record]:
+def iterate(config: DataConfig, source: Source, report: DataReport) -> Generator[Record, None, None]:
     """The usable records of a source, in order.
 
     `max_pairs` counts what the report has as kept: a consumer that skips a record later (undecodable bytes) gets
@@ -78,8 +79,9 @@ def iterate(config: DataConfig, source: Source, report: DataReport) -> Iterator[
     sides = _Sides(enabled=reader.labels)
     checked_early = False
     with contextlib.closing(read_all(config, source, reader, report)) as records:  # closing deletes downloads
-        for record in records:
-            if why := rules.why_not(record):
+        for read in records:
+            record, why = by_rewards(read) if config.label_from == "rewards" else (read, None)
+            if why := why or rules.why_not(record):
                 report.skip(record, *why)
             else:
                 sides.see(record, report)
@@ -98,6 +100,23 @@ def iterate(config: DataConfig, source: Source, report: DataReport) -> Iterator[
         raise DataError(
             f"{source.id}: no pairs left. {report.summary()}{example}. Check data.format, data.split and data.filter"
         )
+
+
+def by_rewards(record: Record) -> tuple[Record, tuple[str, str] | None]:
+    """A record labelled by its first reward, and why it cannot be; its own label only says that it is a tie.
+
+    Equal rewards are a tie like any other, kept or dropped by `data.ties`; people's ties are always dropped.
+    """
+    if record.p is None:
+        return record, None  # left out as unlabelled
+    if record.p == 0.5:
+        return record, ("tie", "as labelled")
+    if REWARDS not in record.extra:
+        return record, ("missing_reward", "no rewards, and data.label_from is 'rewards'")
+    first, second = (rewards[0] for rewards in record.extra[REWARDS])
+    p = 0.5 if first == second else float(first > second)
+    prompt = winners_prompt(record.extra, p) if PROMPTS in record.extra else record.prompt
+    return dataclasses.replace(record, p=p, prompt=prompt), None
 
 
 def check_usable(report: DataReport, max_unusable: float, source: str) -> None:
@@ -192,23 +211,26 @@ class _Rules:
             return "unlabelled", ""
         if record.p == 0.5 and not self.keep_ties:
             return "tie", ""
-        if (spec := self.excluded.get(normalised(record.prompt))) is not None:
-            return "excluded_prompt", f"in {spec}"
+        for prompt in record.prompts:
+            if (spec := self.excluded.get(normalised(prompt))) is not None:
+                return "excluded_prompt", f"in {spec}"
         try:
             keys = [_image_key(image) for image in record.images]
         except OSError as error:
             return "unreadable", str(error)
         if keys[0] == keys[1]:
             return "identical_images", ""
-        if self.seen is not None and self._repeats(record.prompt, keys):
+        if self.seen is not None and self._repeats(record, keys):
             return "duplicate", ""
         if self.filter is not None and not ask(self.filter, record):
             return "filtered", ""
         return None
 
-    def _repeats(self, prompt: str, keys: list[bytes]) -> bool:
+    def _repeats(self, record: Record, keys: list[bytes]) -> bool:
         assert self.seen is not None, "only asked when duplicates are dropped"
-        digest = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16)
+        digest = hashlib.blake2b(record.prompt.encode("utf-8", "surrogatepass"), digest_size=16)
+        if ASPECT in record.extra:  # the same images may be compared in another respect
+            digest.update(f"\naspect {record.extra[ASPECT]}\n".encode())
         for key in sorted(keys):  # either order of the two images is the same pair
             digest.update(key)
         before = len(self.seen)

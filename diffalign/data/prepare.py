@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from diffalign.config import DataConfig, RunConfig
 from diffalign.data import manifest as manifests
 from diffalign.data.cache import CacheBuilder, LatentCache, tables
 from diffalign.data.encode import LivePairs, Preparer
+from diffalign.data.facts import EARLY, REWARDS, in_all, needed, refuse_without, require
 from diffalign.data.loader import PairData
 from diffalign.data.pipeline import check, check_usable, iterate
 from diffalign.data.record import Record
@@ -31,18 +32,39 @@ REPORT = "data_report.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """Encoded pairs and the account of how they came to be."""
+    """Encoded pairs, the account of how they came to be, and the facts (`diffalign.data.facts`) that all of them have."""
 
     data: PairData
     report: DataReport
+    facts: frozenset[str] = frozenset()
 
 
 def prepare(config: RunConfig, family: DenoisingFamily, accelerator: Accelerator) -> Prepared:
     """Encoded pairs of a run; the encoders are out of memory again afterwards if the cache is used.
 
     Raises:
-        DataError: no source, nothing or too little usable, or a cache of other settings or another source.
+        DataError: no source, nothing or too little usable, a cache of other settings or another source, or pairs without
+            what the objective reads.
     """
+    prepared = _prepare(config, family, accelerator)
+    extras = prepared.data.extras
+    require(extras, facts_read(config), config.objective)
+    return replace(prepared, facts=in_all(extras))
+
+
+def facts_read(config: RunConfig) -> dict[str, str]:
+    """Facts that every pair must have, and what reads them; sampled images have what the rollout gives them."""
+    from diffalign.sampling.rollouts import samples_images
+
+    found: dict[str, str] = {}
+    if not samples_images(config):
+        found |= dict.fromkeys(needed(config.objective), f"objective {config.objective.name!r}")
+    if config.data.label != "given":
+        found.setdefault(REWARDS, f"data.label: {config.data.label}")
+    return found
+
+
+def _prepare(config: RunConfig, family: DenoisingFamily, accelerator: Accelerator) -> Prepared:
     data = config.data
     if data.world_pairs is not None:
         data = replace(data, sources=(str(make_world_pairs(config, accelerator)),))
@@ -52,7 +74,7 @@ def prepare(config: RunConfig, family: DenoisingFamily, accelerator: Accelerator
         report = DataReport(source=source.facts())
         family.load(ENCODERS)
         preparer = Preparer(data, config.seed, family.resolution_step)
-        with contextlib.closing(_records(data, source, report)) as records:
+        with contextlib.closing(_records(data, source, report, facts_read(config))) as records:
             live = LivePairs(records, preparer, family, report, config.cache.workers, data.max_pairs)
         check_usable(report, data.max_unusable, source.id)
         return Prepared(live, report)
@@ -79,9 +101,22 @@ def prepare(config: RunConfig, family: DenoisingFamily, accelerator: Accelerator
     return built
 
 
-def _records(data: DataConfig, source: Source, report: DataReport) -> Generator[Record, None, None]:
-    """All records, to be closed: `max_pairs` is counted by who decodes and encodes them, since some cannot be."""
-    yield from iterate(replace(data, max_pairs=None), source, report)
+def _records(
+    data: DataConfig, source: Source, report: DataReport, reads: Mapping[str, str]
+) -> Generator[Record, None, None]:
+    """All records, to be closed: `max_pairs` is counted by who decodes and encodes them, since some cannot be.
+
+    Raises:
+        DataError: none of the first rows has a fact that is read; that is known before all are encoded.
+    """
+    first: list[Record] = []
+    with contextlib.closing(iterate(replace(data, max_pairs=None), source, report)) as records:
+        for record in records:
+            if len(first) < EARLY:
+                first.append(record)
+                if len(first) == EARLY:
+                    refuse_without([r.extra for r in first], reads)
+            yield record
 
 
 def open_complete(folder: Path, wanted: dict[str, object], data: DataConfig) -> Prepared | None:
@@ -167,7 +202,7 @@ def build(
     encoding = reading if accelerator.num_processes == 1 else DataReport()
     with (
         Progress("caching pairs", data.max_pairs, "pair", show=accelerator.is_main_process) as progress,
-        contextlib.closing(_records(data, source, reading)) as records,
+        contextlib.closing(_records(data, source, reading, facts_read(config))) as records,
     ):
         builder = CacheBuilder(
             folder,
@@ -219,11 +254,15 @@ def merged(parts: list[tuple[DataReport, DataReport]], pairs: int) -> DataReport
 
 def make_world_pairs(config: RunConfig, accelerator: Accelerator) -> Path:
     """Write the tiny world's pairs (once) and return their folder."""
+    from diffalign.world.names import TINY_BASES
     from diffalign.world.pairs import make_pairs
 
     folder = Path(config.output_dir) / "data"
-    assert config.data.world_pairs is not None, "asked for by the config"
+    world = config.data.world_pairs
+    assert world is not None, "asked for by the config"
+    if world.base is None and config.model.pretrained in TINY_BASES:
+        world = replace(world, base=config.model.pretrained)  # type: ignore[arg-type]
     if accelerator.is_main_process:
-        make_pairs(config.data.world_pairs, folder, config.seed)
+        make_pairs(world, folder, config.seed)
     accelerator.wait_for_everyone()
     return folder

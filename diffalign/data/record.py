@@ -72,6 +72,7 @@ class Record:
         weight: of the pair in the loss.
         user: the annotator's id, where known.
         meta: anything else the source says (ranking id, model names, scores).
+        extra: what the loss may read beyond the label (`diffalign.data.facts`): rewards, aspect, maps, prompts. JSON.
     """
 
     id: str
@@ -81,6 +82,12 @@ class Record:
     weight: float = 1.0
     user: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All distinct prompts: one, unless each image has its own."""
+        return tuple(dict.fromkeys([self.prompt, *self.extra.get("prompts", ())]))
 
 
 def record_id(source: str, split: str, shard: str, row: int | str) -> str:

@@ -70,7 +70,17 @@ class ImageJob(Job):
                 f"{self.family.schedule.num_timesteps - 1}"
             )
         independent = self.objective.noise == "independent"
-        dataset = PairMicroBatches(data, self.plan, config.denoising, self.family, config.seed, independent)
+        dataset = PairMicroBatches(
+            data,
+            self.plan,
+            config.denoising,
+            self.family,
+            config.seed,
+            independent,
+            facts=prepared.facts,
+            label=config.data.label,
+            temperature=config.data.label_temperature,
+        )
         self.elements = dataset.example(self.kept[0], 0).noise.numel()
         self.data, self.dataset = data, dataset
         return list(dict.fromkeys(data.prompts[i] for i in self.kept))

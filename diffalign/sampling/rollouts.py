@@ -454,7 +454,15 @@ class ImageRollouts:
         if self.objective.source == "generated":
             pairs = []
             for example, one in zip(examples, made, strict=True):
-                pairs.append(replace(example, rejected=one.trajectory.clean[0], rejected_image=dict(self.image), p=1.0))
+                pairs.append(
+                    replace(
+                        example,
+                        rejected=one.trajectory.clean[0],
+                        rejected_image=dict(self.image),
+                        rejected_text=None,
+                        p=1.0,
+                    )
+                )
             return self._slices(pairs, collate)
         count = self.rollout.steps_per_sample or 1
         found = []
@@ -472,6 +480,7 @@ class ImageRollouts:
                         noise=fresh,
                         rejected=one.trajectory.clean[0],
                         rejected_image=dict(self.image),
+                        rejected_text=None,
                         rejected_x_t=one.trajectory.latents[step][0],
                         rejected_target=one.trajectory.outputs[step][0],
                         p=1.0,

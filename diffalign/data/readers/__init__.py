@@ -61,9 +61,19 @@ class Place:
 
         Args:
             rows: (key, raw row); the key is the row's number or name, unique in the shard.
-            parse: gives the fields of `Record` other than `id`.
+            parse: gives the fields of `Record` other than `id`; `extra` is checked here.
         """
-        for identity, meta, fields in self.rows(rows, parse):
+        from diffalign.data.facts import BadFact, check_extra
+
+        def checked(raw: Raw) -> dict[str, Any]:
+            fields = parse(raw)
+            try:
+                check_extra(fields.get("extra", {}))
+            except BadFact as error:
+                raise BadRow(error.reason, str(error)) from None
+            return fields
+
+        for identity, meta, fields in self.rows(rows, checked):
             yield Record(id=identity, meta=meta, **fields)
 
     def rows(
@@ -90,6 +100,7 @@ class Reader(abc.ABC):
         labels: rows say which side won (False: the layout itself puts the winner first).
         beside: needs other files beside its shards (`companions`).
         modality: what its records are made of: `Record` for images, `diffalign.text.records.TextRecord` for texts.
+        facts: what rows may say beyond their label (`diffalign.data.facts`), in `Record.extra`.
 
     Args:
         rename: columns under other names, theirs to ours; only text readers have columns that can be renamed.
@@ -99,6 +110,7 @@ class Reader(abc.ABC):
     labels: ClassVar[bool] = True
     beside: ClassVar[bool] = False
     modality: ClassVar[Literal["image", "text"]] = "image"
+    facts: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, rename: Mapping[str, str] | None = None) -> None:
         self.rename = dict(rename or {})
@@ -251,18 +263,28 @@ def image_bytes(value: Any, column: str) -> bytes:
 def image_file(folder: Path, name: Any, column: str) -> ImageItem:
     """An image or video file, or a folder of frames, named relative to `folder`.
 
-    The check is on the name, not on what links resolve to: a user may link folders, a data file may not point outside.
-
     Raises:
         BadRow: not a name, outside of the folder, no such file, or a folder without images.
     """
+    path = inside(folder, name, column)
+    if path.is_dir() and not frames_of(path):
+        raise BadRow("missing_image", f"{column} is {name!r}: a folder without images; its frames expected")
+    return ImageItem(path=path)
+
+
+def inside(folder: Path, name: Any, column: str, missing: str = "missing_image") -> Path:
+    """A file named relative to `folder`.
+
+    The check is on the name, not on what links resolve to: a user may link folders, a data file may not point outside.
+
+    Raises:
+        BadRow: not a name, outside of the folder, or no such file; `missing` is the reason of the first and the last.
+    """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise BadRow("missing_image", f"{column} is {name!r}; a file name expected")
+        raise BadRow(missing, f"{column} is {name!r}; a file name expected")
     path = Path(os.path.normpath(folder / name))
     if not path.is_relative_to(os.path.normpath(folder)):
         raise BadRow("path_escapes", f"{column} is {name!r}, which is outside of the data folder")
-    if path.is_dir() and not frames_of(path):
-        raise BadRow("missing_image", f"{column} is {name!r}: a folder without images; its frames expected")
     if not path.exists():
-        raise BadRow("missing_image", f"{column} is {name!r}: no such file")
-    return ImageItem(path=path)
+        raise BadRow(missing, f"{column} is {name!r}: no such file")
+    return path

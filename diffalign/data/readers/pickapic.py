@@ -3,6 +3,9 @@
 One row is one comparison of two images of a prompt by one user. (label_0, label_1) is (1, 0), (0, 1) or, for a tie,
 (0.5, 0.5). `num_example_per_prompt` counts the comparisons of the row's prompt. Mirrors differ in whether `jpg_0` is
 plain binary or an image struct; both are read. Some images cannot be decoded, and the two of a row may differ in size.
+
+Copies with more columns say more: `score_0`, `score_1` (or SmPO's `ps_score_0`, `ps_score_1`) are one reward of each image;
+`aspect`, and `map_0`, `map_1` as lists of rows, are as in `diffalign.data.facts`.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ OPTIONAL = (
     "model_0",
     "model_1",
 )
+SCORES = (("score_0", "score_1"), ("ps_score_0", "ps_score_1"))  # the first that a row has
+FACTS = ("aspect", "map_0", "map_1", *(name for names in SCORES for name in names))
 
 
 class PickAPic(Reader):
@@ -42,6 +47,7 @@ class PickAPic(Reader):
     layout: ClassVar[str] = (
         "parquet with columns caption, jpg_0, jpg_1, label_0, label_1 (Pick-a-Pic v1, v2 and mirrors)"
     )
+    facts: ClassVar[frozenset[str]] = frozenset({"rewards", "aspect", "maps"})
 
     def shards(self, files: Sequence[str], split: str) -> list[str]:
         return split_files(files, split, (".parquet",))
@@ -54,7 +60,7 @@ class PickAPic(Reader):
     def read(self, path: Path, place: Place) -> Iterator[Record]:
         from diffalign.data.readers import _parquet
 
-        return place.records(_parquet.rows(path, REQUIRED + OPTIONAL), _parse)
+        return place.records(_parquet.rows(path, REQUIRED + OPTIONAL + FACTS), _parse)
 
 
 def _parse(row: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +79,21 @@ def _parse(row: dict[str, Any]) -> dict[str, Any]:
         "p": probability(row["label_0"], row["label_1"]) if labelled else None,
         "user": optional_text(row.get("user_id")),
         "meta": {name: row[name] for name in kept if row.get(name) is not None},
+        "extra": _extra(row),
     }
+
+
+def _extra(row: dict[str, Any]) -> dict[str, Any]:
+    """What the row says beyond its label. One of two scores or maps that is missing is a bad row, not a row without."""
+    extra: dict[str, Any] = {}
+    for names in SCORES:
+        if any(row.get(name) is not None for name in names):
+            extra["rewards"] = [[row.get(name)] for name in names]
+            break
+    if row.get("aspect") is not None:
+        extra["aspect"] = row["aspect"]
+    maps = [row.get("map_0"), row.get("map_1")]
+    return extra | ({"maps": maps} if maps != [None, None] else {})
 
 
 def has_label(value: Any) -> bool:
