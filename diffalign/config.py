@@ -72,6 +72,13 @@ class WorldPairsConfig:
         num_inference_steps: sampler steps.
         guidance_scale: classifier-free guidance of the sampled images.
         jpeg_quality: of the written images (4:4:4 chroma).
+        base: tiny base that is sampled. null: the run's own `model.pretrained` if it is one, else "tiny-sdxl".
+        chosen: "sampled": the better of two samples is chosen. "drawn": the chosen image is a true drawing of the caption in
+            the judge's taste, the rejected one a sample (subject and expert data).
+        aspects: judge half of the rows by the verifier alone (aspect 0) and half by the taste alone (aspect 1) instead of by
+            both.
+        maps: write the weights of PatchDPO, made of quality maps that compare patches of the sample with those of true
+            drawings; needs chosen: drawn.
     """
 
     prompts: int = 640
@@ -83,6 +90,10 @@ class WorldPairsConfig:
     num_inference_steps: int = 12
     guidance_scale: float = 2.0
     jpeg_quality: int = 96
+    base: Literal["tiny-sdxl", "tiny-sd3"] | None = None
+    chosen: Literal["sampled", "drawn"] = "sampled"
+    aspects: bool = False
+    maps: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +101,6 @@ class DataConfig:
     """Which comparisons are trained on.
 
     Attributes:
-    base: Literal["tiny-sdxl", "tiny-sd3"] | None = None
-    chosen: Literal["sampled", "drawn"] = "sampled"
-    aspects: bool = False
-    maps: bool = False
         format: a reader of `diffalign/data/readers` ("pickapic", "pickapic_wds", "hpdv2", "image_preferences",
             "folder", "jsonl"; "text" for language models).
         sources: tried in order: local files or folders, then hub data set ids. The first that can be used is used.
@@ -102,6 +109,12 @@ class DataConfig:
         max_disk_gb: refuse a source, or stop downloading, beyond this many gigabytes (1e9 bytes).
         keep_downloads: keep downloaded shards after they are cached; otherwise each is deleted once it is encoded.
         ties: "drop" removes them; "soft" keeps them with label 1/2. A tie is never a win.
+        label_from: who says which image won: the "label", or the first of the rows' "rewards" (SmPO). Then equal rewards are
+            ties, and labels are read for dropping people's ties alone.
+        label: how sure it is that the chosen image is preferred: as "given"; or by the first reward, with probability
+            sigmoid((r_chosen - r_rejected) / label_temperature): that itself ("soft"), or a draw from it at every visit
+            ("sampled"; subject-driven RPO). Which image is the chosen one stays.
+        label_temperature: see `label`; rewards in [0, 1] at 1, as published, give labels that are nearly coin flips.
         drop_duplicates: remove records with the same prompt and the same two images (in either order).
         exclude_prompts: text files (one prompt per line) or names of shipped lists whose prompts are removed (exact
             match after lower-casing and stripping): evaluation prompts do not belong into training.
@@ -109,12 +122,6 @@ class DataConfig:
         max_unusable: abort when more than this share of the rows is unusable (0.5: a wrong format, not a few bad rows).
         weight_by_prompt: weight each pair by 1 / number of comparisons of its prompt, where the source says so.
         resolution: training size in pixels (the area, with buckets).
-        label_from: who says which image won: the "label", or the first of the rows' "rewards" (SmPO). Then equal rewards are
-            ties, and labels are read for dropping people's ties alone.
-        label: how sure it is that the chosen image is preferred: as "given"; or by the first reward, with probability
-            sigmoid((r_chosen - r_rejected) / label_temperature): that itself ("soft"), or a draw from it at every visit
-            ("sampled"; subject-driven RPO). Which image is the chosen one stays.
-        label_temperature: see `label`; rewards in [0, 1] at 1, as published, give labels that are nearly coin flips.
         buckets: group pairs by aspect ratio instead of cropping all to squares.
         crop: "center" or "random" (drawn once per image when it is cached).
         flip: flip both images of a pair together with probability 1/2 (drawn once when cached).
@@ -137,6 +144,9 @@ class DataConfig:
     max_disk_gb: float | None = None
     keep_downloads: bool = True
     ties: Literal["drop", "soft"] = "drop"
+    label_from: Literal["label", "rewards"] = "label"
+    label: Literal["given", "soft", "sampled"] = "given"
+    label_temperature: float = 1.0
     drop_duplicates: bool = True
     exclude_prompts: tuple[str, ...] = ()
     filter: str | None = None
@@ -144,9 +154,6 @@ class DataConfig:
     weight_by_prompt: bool = False
     resolution: int = 1024
     buckets: bool = False
-    label_from: Literal["label", "rewards"] = "label"
-    label: Literal["given", "soft", "sampled"] = "given"
-    label_temperature: float = 1.0
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     num_frames: int = 1

@@ -150,12 +150,12 @@ def _check_image_rollout(config: RunConfig) -> None:
 def _rehearse(objective: Objective, facts: Collection[str] = ()) -> None:
     """Compute the objective on two made-up image pairs, as training will: whatever they do not supply is said now.
 
-    Raises:
-        ConfigError: what the objective reads and image pairs do not have.
     Args:
         objective: to be tried.
         facts: what the pairs have beyond a label (`diffalign.data.facts`).
 
+    Raises:
+        ConfigError: what the objective reads and image pairs do not have.
     """
     from diffalign.data.facts import READ_BY_OBJECTIVES, why_not
 
@@ -198,11 +198,11 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "data.num_frames",
         "data.frame_stride",
         "data.world_pairs",
-        "training.channels_last",
-        *(
         "data.label_from",
         "data.label",
         "data.label_temperature",
+        "training.channels_last",
+        *(
             f"rollout.{name}"
             for name in (
                 "prompts",
@@ -266,6 +266,7 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
         )
     if data.world_pairs is not None and data.format != "pickapic":
         raise DataError(f"data.world_pairs writes the 'pickapic' format; data.format is {data.format!r}")
+    _check_labels(config)
     check_sampling(config)
     if config.evaluation.at_end:
         if not config.evaluation.prompts:
@@ -276,30 +277,6 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
         load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
 
 
-def check_text(config: RunConfig) -> None:
-    """Lengths, generation and rollout settings, and reward names of a text run.
-
-    Raises:
-        ConfigError: the first problem found.
-    """
-    from diffalign.text.generation import check_generation
-
-    text, generation, rollout = config.text, config.generation, config.rollout
-    if config.data.format != "text":
-        raise ConfigError(f"data.format: got {config.data.format!r}; family {config.model.family!r} reads 'text'")
-    if "auto" in (config.training.train_batch_size, config.training.gradient_checkpointing):
-        raise ConfigError(
-    _check_labels(config)
-            "training: 'auto' batch size and checkpointing are measured for image models only; give train_batch_size a "
-            "number and gradient_checkpointing true or false"
-        )
-    if text.max_length < 2 or text.logits_chunk < 1:
-        raise ConfigError(
-            f"text: got max_length {text.max_length} and logits_chunk {text.logits_chunk}; expected at least 2 and 1"
-        )
-    if text.max_prompt_length is not None and not 1 <= text.max_prompt_length < text.max_length:
-        raise ConfigError(
-            f"text.max_prompt_length: got {text.max_prompt_length}; expected 1 to {text.max_length - 1} (max_length - 1)"
 def _check_labels(config: RunConfig) -> None:
     """Refuse labels of rewards that the data cannot have, or that nobody would read."""
     from diffalign.data.facts import REWARDS
@@ -325,6 +302,29 @@ def _check_labels(config: RunConfig) -> None:
             )
 
 
+def check_text(config: RunConfig) -> None:
+    """Lengths, generation and rollout settings, and reward names of a text run.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    from diffalign.text.generation import check_generation
+
+    text, generation, rollout = config.text, config.generation, config.rollout
+    if config.data.format != "text":
+        raise ConfigError(f"data.format: got {config.data.format!r}; family {config.model.family!r} reads 'text'")
+    if "auto" in (config.training.train_batch_size, config.training.gradient_checkpointing):
+        raise ConfigError(
+            "training: 'auto' batch size and checkpointing are measured for image models only; give train_batch_size a "
+            "number and gradient_checkpointing true or false"
+        )
+    if text.max_length < 2 or text.logits_chunk < 1:
+        raise ConfigError(
+            f"text: got max_length {text.max_length} and logits_chunk {text.logits_chunk}; expected at least 2 and 1"
+        )
+    if text.max_prompt_length is not None and not 1 <= text.max_prompt_length < text.max_length:
+        raise ConfigError(
+            f"text.max_prompt_length: got {text.max_prompt_length}; expected 1 to {text.max_length - 1} (max_length - 1)"
         )
     check_generation(generation)
     _check_rollout(config, rollout, generation)
