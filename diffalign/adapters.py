@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import peft
 import torch
@@ -27,6 +27,9 @@ from transformers.pytorch_utils import Conv1D
 
 from diffalign.config import LoraConfig
 from diffalign.errors import CheckpointError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from diffalign.gates import Gates
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d | Conv1D
 PRESETS = ("attention", "attention+ff", "all")
@@ -48,14 +51,27 @@ _SAFE_INITS = ("gaussian", "default", "orthogonal", "mica")
 _LINEAR_ONLY_INITS = ("orthogonal", "mica")
 _REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+_MARKS = "gates.experts"  # in a state: which experts the gates are for
+GATES = "diffalign_gates"  # the network's submodule that weighs frozen adapters, where there is one
+_TRAINED = (
+    "rank",
+    "alpha",
+    "targets",
+    "dropout",
+    "init",
+    "use_rslora",
+    "use_dora",
+)  # of experts, they are in their files
+
 
 def check_lora(config: LoraConfig) -> None:
     """Refuse an adapter that cannot be trained against an adapters-off reference.
 
     Raises:
         ConfigError: an initialisation that changes base weights or needs a data pass, an unknown one, or a rank, alpha
-            or dropout out of range.
+            or dropout out of range; for fused experts, settings that nothing would read.
     """
+    _check_experts(config)
     if config.rank < 1:
         raise ConfigError(f"lora.rank: got {config.rank}; expected a whole number of at least 1, such as 16")
     if config.alpha is not None and not 0 < config.alpha < float("inf"):
@@ -82,6 +98,29 @@ def check_lora(config: LoraConfig) -> None:
         raise ConfigError(f"lora.rank: 'orthogonal' needs an even rank, got {config.rank}; use {config.rank + 1}")
     if init == "mica" and config.use_dora:
         raise ConfigError("lora.init: 'mica' cannot be combined with use_dora; use 'gaussian' or turn use_dora off")
+
+
+def _check_experts(config: LoraConfig) -> None:
+    plain = LoraConfig()
+    if not config.experts:
+        for name in ("gate", "gate_features"):
+            if getattr(config, name) != getattr(plain, name):
+                raise ConfigError(f"lora.{name}: has no effect without lora.experts; name them or remove it")
+        return
+    for name in _TRAINED:
+        if getattr(config, name) != getattr(plain, name):
+            raise ConfigError(
+                f"lora.{name}: has no effect with lora.experts, whose files say how they were trained; remove it"
+            )
+    if config.gate_features < 0:
+        raise ConfigError(
+            f"lora.gate_features: got {config.gate_features}; expected 0 (gates of the layer alone) or more"
+        )
+    if len(config.experts) == 1 and config.gate == "softmax":
+        raise ConfigError(
+            "lora.experts: got one, and a softmax over one expert is always 1: nothing could be trained; name more, or set "
+            "lora.gate: sigmoid"
+        )
 
 
 def base_layers(network: nn.Module) -> dict[str, Layer]:
@@ -144,7 +183,7 @@ def _is_target(network: nn.Module, path: str, target: str) -> bool:
     if target not in PRESETS:
         return _ends_with(path, (target,))
     if not isinstance(network, PreTrainedModel):
-        if _BLOCKS.match(path) is None:
+        if not in_blocks(path):
             return False
         in_attention, in_feed_forward = _ATTENTION.search(path), _FEED_FORWARD.search(path)
         return target == "all" or bool(in_attention) or (target == "attention+ff" and bool(in_feed_forward))
@@ -154,6 +193,11 @@ def _is_target(network: nn.Module, path: str, target: str) -> bool:
     if target == "all" or _IN_ATTENTION.search(block[1]):
         return True
     return target == "attention+ff" and not _NOT_FEED_FORWARD.search(block[1])
+
+
+def in_blocks(path: str) -> bool:
+    """Whether a layer of a diffusers network stands in its blocks."""
+    return _BLOCKS.match(path) is not None
 
 
 def _is_unread(network: nn.Module, path: str) -> bool:
@@ -185,7 +229,7 @@ def _tail(parts: list[str]) -> list[str]:
 
 
 def attach(network: nn.Module, config: LoraConfig, name: str = "default", seed: int = 0) -> list[nn.Parameter]:
-    """Freeze a network and add a LoRA adapter to it.
+    """Freeze a network and add a LoRA adapter to it, or frozen experts with gates over them.
 
     Args:
         network: a diffusers model or a transformers language model; on the meta device only shapes are made.
@@ -199,8 +243,14 @@ def attach(network: nn.Module, config: LoraConfig, name: str = "default", seed: 
     Raises:
         ConfigError: see `check_lora` and `target_modules`; a name that is taken; an initialisation for linear layers
             on convolutions.
+        CheckpointError: an expert's file that does not fit.
     """
     check_lora(config)
+    if config.experts:
+        from diffalign.gates import fuse  # which reads files, and so imports this module
+
+        fuse(network, config, name)
+        return parameters(network, name)
     paths = target_modules(network, config.targets)
     init = config.init.lower()
     if init in _LINEAR_ONLY_INITS:
@@ -317,8 +367,14 @@ def adapter_names(network: nn.Module) -> list[str]:
     return list(names)
 
 
+def gates_of(network: nn.Module, name: str | None = None) -> Gates | None:
+    """The gates over frozen experts that `attach` left on the network: any, or those that are the adapter `name`."""
+    gates: Gates | None = getattr(network, GATES, None)
+    return gates if gates is not None and name in (None, gates.adapter) else None
+
+
 def parameters(network: nn.Module, name: str = "default") -> list[nn.Parameter]:
-    """All parameters of an adapter, trainable or not, in the network's order.
+    """All parameters of an adapter, trainable or not, in the network's order; of fused experts, the gates.
 
     Raises:
         ConfigError: no such adapter.
@@ -328,8 +384,12 @@ def parameters(network: nn.Module, name: str = "default") -> list[nn.Parameter]:
 
 def count(network: nn.Module, name: str | None = None) -> tuple[int, int]:
     """(adapted layers, adapter parameters) of all adapters, or of one."""
+    gates = gates_of(network, name)
+    layers = lora_layers(network, name) if gates is None else gates.layers
     names = adapter_names(network) if name is None else [name]
-    return len(lora_layers(network, name)), sum(p.numel() for n in names for p in parameters(network, n))
+    if gates is not None and name is None:
+        names.append(gates.adapter)
+    return len(layers), sum(p.numel() for n in names for p in parameters(network, n))
 
 
 @contextlib.contextmanager
@@ -399,8 +459,12 @@ def delta_weights(network: nn.Module, name: str = "default") -> dict[str, Tensor
     """What merging the adapter at weight 1 would add to each layer's weight, by layer path.
 
     Raises:
-        ConfigError: no such adapter, or a DoRA one (it rescales the weight and has no such sum).
+        ConfigError: no such adapter, a DoRA one (it rescales the weight and has no such sum), or gated experts.
     """
+    if gates_of(network, name) is not None:
+        raise ConfigError(
+            f"adapter {name!r} is fused by gates that depend on the time: it is no one change of a weight"
+        )
     layers = _named(network, name)
     if any(layer.use_dora[name] for layer in layers.values()):
         raise ConfigError(f"adapter {name!r} is a DoRA adapter: it rescales the base and is no additive change")
@@ -420,7 +484,9 @@ def _named(network: nn.Module, name: str) -> dict[str, LoraLayer]:
 
 
 def _tensors(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """peft's file keys -> parameters."""
+    """peft's file keys -> parameters; of fused experts, the gates."""
+    if (gates := gates_of(network, name)) is not None:
+        return gates.tensors()
     tensors: dict[str, Any] = {}
     for path, layer in _named(network, name).items():
         tensors[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
@@ -431,14 +497,15 @@ def _tensors(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def state_dict(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The adapter in peft's file format: float32 copies on the CPU.
+    """The adapter in peft's file format: float32 copies on the CPU. Of fused experts, the gates and hashes of the experts.
 
     Raises:
         ConfigError: no such adapter.
     """
-    return {
-        key: p.detach().to("cpu", torch.float32, copy=True).contiguous() for key, p in _tensors(network, name).items()
-    }
+    tensors: dict[str, Tensor] = dict(_tensors(network, name))
+    if (gates := gates_of(network, name)) is not None:
+        tensors[_MARKS] = gates.marks
+    return {key: p.detach().to("cpu", torch.float32, copy=True).contiguous() for key, p in tensors.items()}
 
 
 def load_state_dict(network: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
@@ -446,10 +513,14 @@ def load_state_dict(network: nn.Module, state: Mapping[str, Tensor], name: str =
 
     Raises:
         ConfigError: no such adapter.
-        CheckpointError: a missing, additional or misshapen tensor; nothing is changed then.
+        CheckpointError: a missing, additional or misshapen tensor, or gates of other experts; nothing is changed then.
     """
     tensors = _tensors(network, name)
-    check_state(tensors, state, f"adapter {name!r}")
+    if (gates := gates_of(network, name)) is not None:
+        check_state({**tensors, _MARKS: gates.marks}, state, f"adapter {name!r}")
+        gates.require_marks(state[_MARKS])
+    else:
+        check_state(tensors, state, f"adapter {name!r}")
     with torch.no_grad():
         for key, parameter in tensors.items():
             parameter.copy_(state[key])

@@ -405,6 +405,12 @@ class LoraConfig:
             Initialisations that change the base weights ("pissa", "olora", "corda", "eva", "loftq") are refused.
         use_rslora: rank-stabilised scale.
         use_dora: weight-decomposed LoRA.
+        experts: LoRA files in diffusers' naming, or their run folders, to be fused: they are frozen, and what is trained are
+            gates that weigh them in every layer and at every time (TLPO's second stage; experimental). Other keys of this
+            section then are those of the files.
+        gate: weights of the experts in a layer: "softmax" (they sum to 1; at first each has an equal share) or "sigmoid"
+            (each between 0 and 1).
+        gate_features: cosines of the time that gates are linear in; 0: gates depend on the layer alone.
     """
 
     rank: int = 16
@@ -414,6 +420,9 @@ class LoraConfig:
     init: str = "gaussian"
     use_rslora: bool = False
     use_dora: bool = False
+    experts: tuple[str, ...] = ()
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    gate_features: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)

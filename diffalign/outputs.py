@@ -113,7 +113,7 @@ class Outputs:
         names = {kind: path.name for kind, path in files.items()}
         write_card(self.run_dir, config, result or None, names, latent_elements=self.latent_elements)
         report = write_report(self.run_dir)
-        log.info("adapter %s; report %s", files["diffusers"], report)
+        log.info("adapter %s; report %s", next(iter(files.values())), report)
         return result or None
 
     def _held_out(self, policy: Policy, dataset: PairMicroBatches | None, held_out: Sequence[int]) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def check(config: RunConfig) -> None:
     check_objective(config, family)
     plugins.find("readers", config.data.format)
     check_lora(config.lora)
+    if config.lora.experts:
+        _check_experts(config, family)
     _check_training(config)
     if config.training.attention not in family.attention_backends:
         raise ConfigError(
@@ -202,6 +204,9 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "data.label",
         "data.label_temperature",
         "training.channels_last",
+        "lora.experts",
+        "lora.gate",
+        "lora.gate_features",
         *(
             f"rollout.{name}"
             for name in (
@@ -250,6 +255,24 @@ def _refuse_unused(config: RunConfig, modality: str) -> None:
 
 def _default(cls: type, name: str) -> Any:
     return next(f.default for f in dataclasses.fields(cls) if f.name == name)
+
+
+def _check_experts(config: RunConfig, family: type[Family]) -> None:
+    """Refuse experts that cannot be fused on this model: by their headers, then on its network without weights."""
+    from diffalign import adapters, gates
+    from diffalign.families import published
+    from diffalign.families._loading import locate, network_config
+    from diffalign.families._pipeline import PipelineFamily
+
+    if config.training.compile:
+        raise ConfigError("training.compile: gates change between passes, which compiled blocks do not see; remove it")
+    for source in config.lora.experts:
+        gates.check_expert(source, config.model.family)
+    if not issubclass(family, PipelineFamily):
+        return
+    shape = network_config(config.model, locate(config.model), family.network_part)
+    if shape is not None and shape.get("_class_name") in published.DIFFUSERS_CLASSES:
+        adapters.attach(published.build_from_config(dict(shape), device="meta"), config.lora)
 
 
 def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:

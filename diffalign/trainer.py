@@ -89,7 +89,7 @@ def train(config: RunConfig) -> TrainResult:
     # -- Network, adapter, reference, optimiser ------------------------------------------------------------------
     bare = job.load()
     params = adapters.attach(bare, config.lora, seed=config.seed)
-    modules, count = adapters.count(bare)
+    modules, count = adapters.count(bare, "default")
     bare.train()
     network = accelerator.prepare_model(bare)
     reference = Reference(config.reference, bare, params, config.seed)

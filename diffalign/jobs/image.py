@@ -177,6 +177,8 @@ class ImageJob(Job):
         metrics.add(out, times)
 
     def initial_loss(self) -> float | None:
+        if self.config.lora.experts:  # a mixture of experts is not the base, however fresh its gates are
+            return None
         soft = self.config.data.ties == "soft" and isinstance(self.objective, EXO)
         return None if soft else self.objective.initial_loss(kind_of(self.objective))
 

@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from families import tiny
 from torch import Tensor, nn
 
-from diffalign import adapters, plugins
+from diffalign import adapters, export, plugins
 from diffalign.config import LoraConfig, ModelConfig, SamplingConfig
 from diffalign.data.batch import PairExample, collate
 from diffalign.data.encode import encode_prompts
@@ -521,6 +521,38 @@ def test_an_adapter_comes_back_from_its_state(case: Case) -> None:
     x, _, t, conditioning = batch_of(case)
     with torch.no_grad():
         assert torch.equal(policy.predict(x, t, conditioning), other.predict(x, t, conditioning))
+
+
+def test_gates_weigh_experts_by_every_rows_own_time(case: Case, tmp_path: Path) -> None:
+    for k in range(2):
+        expert = case.policy(stir=0.1 * (k + 1)).network
+        export.save_lora(expert, None, tmp_path / str(k), family=case.name)
+    x, noise, t, conditioning = batch_of(case)
+    found = []
+    for checkpointing in (False, True):
+        network = copy.deepcopy(case.family.network).train()
+        if checkpointing:
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
+        (weight,) = adapters.attach(network, LoraConfig(experts=(str(tmp_path / "0"), str(tmp_path / "1"))))
+        with torch.no_grad():
+            weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+        gates = adapters.gates_of(network)
+        assert gates is not None
+        told: list[Tensor] = []
+        gates.register_forward_pre_hook(lambda module, args, told=told: told.append(args[0]))
+        policy = Policy(case.family, network)
+        error, _ = policy.errors(x, noise, t, conditioning, reference=False)
+        torch.testing.assert_close(told[0], case.family.schedule.time(t).float() / 1000, atol=1e-5, rtol=1e-5)
+        error.sum().backward()
+        found.append(weight.grad)
+        assert weight.grad is not None
+        reached = weight.grad.abs().amax(dim=(1, 2)) > 0
+        assert reached.float().mean() > 0.8  # queries of text have no effect in the last block of some
+        for i in range(2):
+            part = {key: value[i : i + 1] for key, value in conditioning.items()}
+            alone, _ = policy.errors(x[i : i + 1], noise[i : i + 1], t[i : i + 1], part, reference=False)
+            torch.testing.assert_close(alone[0], error[i], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_step_of_the_optimiser_lowers_the_error_and_changes_samples(case: Case) -> None:
