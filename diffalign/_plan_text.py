@@ -23,12 +23,20 @@ def render(plan: Plan) -> str:
     sections = {
         "Model": _model(plan),
         "Batch and learning rate": _batch(plan),
-        f"Memory on the training device ({plan.precision}, {plan.resolution} px)": _memory(plan),
+        f"Memory on the training device ({plan.precision}, {_size(plan)})": _memory(plan),
         "Work and time (arithmetic, not a measurement)": _work(plan),
         "Disk and downloads": _disk(plan),
     }
     lines = [line for title, body in sections.items() for line in (title, *body, "")]
     return "\n".join([*lines, "Verdict", *_verdict(plan), *(_row("note", note) for note in plan.notes)]) + "\n"
+
+
+def _size(plan: Plan) -> str:
+    return f"{plan.resolution} px" + (f", {plan.frames} frames" if plan.frames > 1 else "")
+
+
+def _item(plan: Plan) -> str:
+    return "clip" if plan.frames > 1 else "image"
 
 
 def _row(label: str, value: str) -> str:
@@ -87,7 +95,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.cache_phase_bytes is not None:
         yield _row("before that: filling the cache", f"{_gib(plan.cache_phase_bytes)}  VAE and text encoders at work")
     network = plan.network
-    yield _row("activations kept per image", f"{_gib(network.saved_bytes)}  without checkpointing")
+    yield _row(f"activations kept per {_item(plan)}", f"{_gib(network.saved_bytes)}  without checkpointing")
     yield _row(
         "", f"{_gib(network.checkpoint_bytes)}  with it, and {network.transient_bytes / GIB:.2f} while recomputing"
     )
@@ -114,7 +122,7 @@ def _parts(setting: Setting) -> Iterator[str]:
 
 def _work(plan: Plan) -> Iterator[str]:
     network = plan.network
-    yield _row("UNet forward, per image", f"{network.forward_flops / 1e12:9.3f} TFLOP  (multiply-add = 2)")
+    yield _row(f"network forward, per {_item(plan)}", f"{network.forward_flops / 1e12:9.3f} TFLOP  (multiply-add = 2)")
     yield _row(
         "  with LoRA, forward + backward",
         f"{(network.policy_forward_flops + network.backward_flops) / 1e12:9.3f} TFLOP",

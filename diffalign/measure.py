@@ -23,29 +23,33 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from diffalign.architecture import Architecture
 from diffalign.config import LoraConfig
+from diffalign.families._pipeline import PipelineFamily
 from diffalign.families.published import build_from_config
 
-TOKENS = 77
+CLIP_ENCODERS = ("AutoencoderKLCogVideoX", "AutoencoderKLQwenImage", "AutoencoderKLWan")  # an image is a clip to them
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkCost:
-    """One image through a UNet with a LoRA adapter.
+    """One image or clip through a network with a LoRA adapter.
 
     Attributes:
         parameters: of the frozen network.
+        weight_bytes: of the frozen network, with what is stored beside its parameters.
         lora_modules: layers with an adapter.
         lora_parameters: trainable numbers.
         forward_flops: reference pass, adapters off.
         policy_forward_flops: forward pass with adapters.
         backward_flops: backward pass through adapters; frozen layers need no weight gradient.
         saved_bytes: kept for the backward pass without checkpointing.
-        checkpoint_bytes: kept with checkpointing of every resnet and transformer block.
+        checkpoint_bytes: kept with checkpointing of every block that diffusers checkpoints.
         transient_bytes: what the largest checkpointed block keeps while it is recomputed.
     """
 
     parameters: int
+    weight_bytes: int
     lora_modules: int
     lora_parameters: int
     forward_flops: int
@@ -59,7 +63,7 @@ class NetworkCost:
 class _Training(TorchFunctionMode):
     """Fused attention, and autocast's choice of types where `low` is given."""
 
-    LOW = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
+    LOW = (F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.baddbmm)
     HIGH = (F.layer_norm, F.group_norm)
 
     def __init__(self, low: torch.dtype | None) -> None:
@@ -71,7 +75,8 @@ class _Training(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key, value = (self._cast(x, self.low) for x in args[:3])
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            query, key, value = (self._cast(named[name], self.low) for name in ("query", "key", "value"))
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             return flash(query, key, value, 0.0, False, False, scale=kwargs.get("scale"))[0]
         if self.low is not None and (func in self.LOW or func in self.HIGH):
@@ -148,39 +153,63 @@ def _size(storages: dict[int, torch.UntypedStorage]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def measure_unet(
-    config: dict[str, Any], lora: LoraConfig, *, height: int, width: int, dtype: torch.dtype, tokens: int = TOKENS
+def measure_network(
+    architecture: Architecture, lora: LoraConfig, *, shape: tuple[int, ...], dtype: torch.dtype
 ) -> NetworkCost:
-    """Count one image through a UNet.
+    """Count one image or clip through the network as its family calls it.
 
     Args:
-        config: of a diffusers UNet2DConditionModel.
+        architecture: of the model.
         lora: the adapter.
-        height: of the latents.
-        width: of the latents.
+        shape: (C, h, w) or (C, F, h, w) of the latents.
         dtype: of the frozen weights; below float32 the training pass is counted under autocast to it.
-        tokens: text length.
 
     Raises:
-        ConfigError: a class that cannot be built, or LoRA targets that name no layer.
+        ConfigError: a class that cannot be built or whose inputs are not known, or LoRA targets that name no layer.
     """
-    return _measure_unet(json.dumps(config, sort_keys=True), lora, height, width, dtype, tokens)
+    key = json.dumps([architecture.network, architecture.conditioning], sort_keys=True)
+    family = architecture.family
+    return _measure_network(_Call(key, family, architecture), lora, shape, dtype)
+
+
+class _Call:
+    """How to call a network, equal to another one with the same configs."""
+
+    def __init__(self, key: str, family: PipelineFamily, architecture: Architecture) -> None:
+        self.key = key, type(family)
+        self.family = family
+        self.config, self.part = architecture.network, architecture.network_part
+        self.conditioning = architecture.conditioning
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Call) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def forward(self, network: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        def empty(*sides: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(1, *sides, device="meta", dtype=dtype)
+
+        self.family.parts[self.part] = network
+        exact = ("attention_mask", "time_ids")
+        told = {
+            name: empty(*sides, dtype=torch.float32 if name in exact else dtype)
+            for name, sides in self.conditioning.items()
+        }
+        return self.family.predict(network, empty(*shape, dtype=dtype), empty(dtype=torch.float32), told)
 
 
 @lru_cache(maxsize=8)
-def _measure_unet(text: str, lora: LoraConfig, height: int, width: int, dtype: torch.dtype, tokens: int) -> NetworkCost:
+def _measure_network(call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtype: torch.dtype) -> NetworkCost:
     from diffalign.adapters import attach, count
 
-    config = json.loads(text)
-    network: Any = build_from_config(config, device="meta", dtype=dtype).requires_grad_(False)
+    network: Any = build_from_config(call.config, device="meta", dtype=dtype).requires_grad_(False)
     parameters = sum(p.numel() for p in network.parameters())
+    weight_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
     low = None if dtype == torch.float32 else dtype
-
-    def forward() -> Tensor:
-        return _call(network, config, height, width, dtype, tokens)
-
     attach(network, lora)
-    modules, lora_parameters = count(network)
+    modules, lora_parameters = count(network, "default")
 
     saved = _Saved({p.untyped_storage()._cdata for p in network.parameters()})
     network.train()  # diffusers calls the checkpointing function only in training mode
@@ -188,11 +217,12 @@ def _measure_unet(text: str, lora: LoraConfig, height: int, width: int, dtype: t
     with _Training(low), _Flops() as policy:
         in_adapters = _count_adapters(network, policy)
         with saved.hooks(saved.outside):
-            output = forward()
+            output = call.forward(network, shape, dtype)
         policy_forward = policy.total
         output.float().mean().backward()
     return NetworkCost(
         parameters=parameters,
+        weight_bytes=weight_bytes,
         lora_modules=modules,
         lora_parameters=lora_parameters,
         forward_flops=policy_forward - sum(in_adapters),
@@ -223,28 +253,9 @@ def _count_adapters(network: Any, counter: _Flops) -> list[int]:
     return found
 
 
-def _call(network: Any, config: dict[str, Any], height: int, width: int, dtype: torch.dtype, tokens: int) -> Tensor:
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(1, *shape, device="meta", dtype=dtype)
-
-    added = None
-    if config.get("addition_embed_type") == "text_time":
-        time_ids = 6
-        pooled = config["projection_class_embeddings_input_dim"] - time_ids * config["addition_time_embed_dim"]
-        added = {"text_embeds": empty(pooled), "time_ids": empty(time_ids, dtype=torch.float32)}
-    output: Tensor = network(
-        empty(config["in_channels"], height, width),
-        empty(dtype=torch.int64),
-        encoder_hidden_states=empty(tokens, config["cross_attention_dim"]),
-        added_cond_kwargs=added,
-        return_dict=False,
-    )[0]
-    return output
-
-
 @dataclass(frozen=True, kw_only=True)
 class EncodeCost:
-    """One image through an autoencoder's encoder.
+    """One image or clip through an autoencoder's encoder.
 
     Attributes:
         flops: of the encoder.
@@ -276,19 +287,20 @@ class _Alive(TorchDispatchMode):
         return output
 
 
-def measure_encoder(config: dict[str, Any], resolution: int) -> EncodeCost:
-    """Count one square image of `resolution` pixels through an autoencoder's encoder.
+def measure_encoder(config: dict[str, Any], resolution: int, frames: int = 1) -> EncodeCost:
+    """Count one square image (or clip) of `resolution` pixels through an autoencoder's encoder.
 
     Raises:
         ConfigError: a class that cannot be built.
     """
-    return _measure_encoder(json.dumps(config, sort_keys=True), resolution)
+    return _measure_encoder(json.dumps(config, sort_keys=True), resolution, frames)
 
 
 @lru_cache(maxsize=8)
-def _measure_encoder(text: str, resolution: int) -> EncodeCost:
+def _measure_encoder(text: str, resolution: int, frames: int) -> EncodeCost:
     vae: Any = build_from_config(json.loads(text), device="meta")
-    pixels = torch.empty(1, 3, resolution, resolution, device="meta")
+    volume = (frames,) if type(vae).__name__ in CLIP_ENCODERS else ()
+    pixels = torch.empty(1, 3, *volume, resolution, resolution, device="meta")
     with torch.no_grad(), _Training(None), _Flops() as counter, _Alive() as alive:
         vae.encode(pixels)
     return EncodeCost(flops=counter.total, peak_bytes=alive.peak)

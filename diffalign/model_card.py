@@ -320,7 +320,11 @@ def _data(tree: Mapping[str, Any], result: Mapping[str, Any] | None, report: Map
     sources = source_names(data.get("sources") or ())
     made = data.get("world_pairs")
     origin = (
-        f"images sampled from the base and judged by the tiny world's verifier and the taste *{made['taste']}*"
+        (
+            f"true drawings in the taste *{made['taste']}*, against images sampled from a tiny base"
+            if made.get("chosen") == "drawn"
+            else f"images sampled from the base and judged by the tiny world's verifier and the taste *{made['taste']}*"
+        )
         if made
         else ", then ".join(sources) or "not named"
     )

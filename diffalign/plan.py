@@ -19,7 +19,7 @@ from diffalign import plugins, rewards
 from diffalign.architecture import Architecture, Download, resolve
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
-from diffalign.measure import EncodeCost, NetworkCost, measure_encoder, measure_unet
+from diffalign.measure import EncodeCost, NetworkCost, measure_encoder, measure_network
 from diffalign.summary import images_per_pair, objective_summary
 
 GIB = 2**30
@@ -110,8 +110,9 @@ class Plan:
         model: where the architecture was read from.
         assumed: why an architecture was assumed, or None.
         parameters: by component.
-        network: counts of one image through the UNet at the training resolution.
-        latent_shape: (C, h, w).
+        frames: of a clip; 1 for images.
+        network: counts of one image or clip through the network at the training resolution.
+        latent_shape: (C, h, w), of clips (C, F, h, w).
         setting: micro-batch, accumulation and checkpointing in use, with their memory.
         cache_phase_bytes: on the device while images and prompts are encoded; None without a cache.
         gpu_bytes: of the card that was asked about.
@@ -139,13 +140,14 @@ class Plan:
     model: str
     assumed: str | None
     resolution: int
+    frames: int
     precision: str
     num_processes: int
     parameters: dict[str, int]
     lora_rank: int
     lora_targets: str | tuple[str, ...]
     network: NetworkCost
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     setting: Setting
     cache_phase_bytes: int | None
     gpu_bytes: int | None
@@ -179,17 +181,12 @@ class _Costs:
         self.architecture: Architecture = resolve(config.model)
         self.dtype = DTYPES[config.training.mixed_precision]
         self.images = images_per_pair(config.objective)
-        channels, height, width = self.architecture.latent_shape(config.data.resolution)
-        self.latent_shape = (channels, height, width)
-        self.network: NetworkCost = measure_unet(
-            self.architecture.configs["unet"],
-            config.lora,
-            height=height,
-            width=width,
-            dtype=self.dtype,
-            tokens=self.architecture.tokens,
+        resolution, frames = config.data.resolution, config.data.num_frames
+        self.latent_shape = self.architecture.latent_shape(resolution, frames)
+        self.network: NetworkCost = measure_network(
+            self.architecture, config.lora, shape=self.latent_shape, dtype=self.dtype
         )
-        self.encoder: EncodeCost = measure_encoder(self.architecture.configs["vae"], config.data.resolution)
+        self.encoder: EncodeCost = measure_encoder(self.architecture.configs["vae"], resolution, frames)
 
     def memory(self, micro_batch: int, checkpointing: bool) -> Memory:
         """Peak memory with `micro_batch` pairs at a time."""
@@ -201,7 +198,7 @@ class _Costs:
             training.optimizer, 8
         )  # bytes per number; Adafactor's are factored
         return Memory(
-            network=network.parameters * self.dtype.itemsize,
+            network=network.weight_bytes,
             adapter=network.lora_parameters * (4 + 4 + states),
             ema=0 if training.ema_decay is None else network.lora_parameters * 4,
             encoders=0 if self.config.cache.enabled else self._encoding(2),
@@ -366,6 +363,7 @@ def make_plan(
         model=costs.architecture.source,
         assumed=costs.architecture.assumed,
         resolution=config.data.resolution,
+        frames=config.data.num_frames,
         precision=training.mixed_precision,
         num_processes=num_processes,
         parameters=costs.architecture.parameters,

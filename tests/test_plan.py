@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign import config as config_module
-from diffalign.architecture import assume
+from diffalign.adapters import attach
+from diffalign.architecture import assume, resolve
 from diffalign.config import LoraConfig, ModelConfig, RunConfig, build, load_config
 from diffalign.errors import ConfigError
-from diffalign.families import published
-from diffalign.measure import measure_encoder, measure_unet
+from diffalign.families import DECODER, ENCODERS, NETWORK, DenoisingFamily, load_family, published
+from diffalign.measure import NetworkCost, measure_encoder, measure_network
 from diffalign.plan import GIB, choose_micro_batch, make_plan, pairs_per_device, render, to_json
 
 SHIPPED = ("sdxl_dpo_pickapic", "sdxl_dpo_pickapic_24gb", "sd15_dpo_pickapic")
@@ -43,10 +47,15 @@ def test_language_models_are_not_planned() -> None:
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 
+def measured(family: str, name: str, rank: int, shape: tuple[int, ...]) -> NetworkCost:
+    architecture = resolve(ModelConfig(family=family, pretrained=name, random_weights=True))
+    return measure_network(architecture, LoraConfig(rank=rank), shape=shape, dtype=torch.bfloat16)
+
+
 def test_sdxl_at_1024_px_against_known_numbers() -> None:
-    unet = published.component_configs("sdxl")["unet"]
-    cost = measure_unet(unet, LoraConfig(rank=16), height=128, width=128, dtype=torch.bfloat16)
+    cost = measured("sdxl", "sdxl", 16, (4, 128, 128))
     assert cost.parameters == 2_567_463_684
+    assert cost.weight_bytes == 2 * cost.parameters
     assert (cost.lora_modules, cost.lora_parameters) == (560, 23_224_320)
     assert cost.forward_flops == pytest.approx(6.76e12, rel=0.02)
     # Backward is hardly more than forward: frozen layers need no weight gradient. Fused attention recomputes a little.
@@ -58,11 +67,134 @@ def test_sdxl_at_1024_px_against_known_numbers() -> None:
 
 def test_adapter_flops_are_what_separates_policy_and_reference() -> None:
     """2 r (in + out) per position and layer: twice the rank, twice the difference; the reference does not move."""
-    unet = published.component_configs("sd15")["unet"]
-    one, two = (measure_unet(unet, LoraConfig(rank=r), height=16, width=16, dtype=torch.bfloat16) for r in (4, 8))
+    one, two = (measured("sd", "sd15", rank, (4, 16, 16)) for rank in (4, 8))
     assert one.forward_flops == two.forward_flops
     assert two.policy_forward_flops - two.forward_flops == 2 * (one.policy_forward_flops - one.forward_flops) > 0
     assert two.lora_parameters == 2 * one.lora_parameters
+
+
+def test_flux_at_1024_px_against_arithmetic() -> None:
+    """Products of weights that see every token, and attention; modulation sees one vector."""
+    cost = measured("flux", "flux1-dev", 16, (16, 128, 128))
+    assert cost.parameters == 11_901_408_320
+    assert cost.lora_parameters == 26_148_864
+    image, text, width, feed_forward = 4096, 512, 3072, 12288
+    double = (image + text) * (4 * width**2 + 2 * width * feed_forward)
+    single = (image + text) * (3 * width**2 + width * feed_forward + (width + feed_forward) * width)
+    attention = 2 * (image + text) ** 2 * width
+    ends = image * 64 * width * 2 + text * 4096 * width
+    modulation = (19 * 12 + 38 * 3 + 2) * width**2
+    expected = 2 * (19 * double + 38 * single + 57 * attention + ends + modulation)
+    assert cost.forward_flops == pytest.approx(expected, rel=0.001)
+    assert cost.checkpoint_bytes < 0.1 * cost.saved_bytes
+
+
+TRANSFORMERS = ("sd3", "flux", "pixart", "sana", "qwen_image", "wan", "cogvideox")
+HUB = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": ("sd3", 2_028_328_000),
+    "stabilityai/stable-diffusion-3.5-medium": ("sd3", 2_243_171_520),
+    "stabilityai/stable-diffusion-3.5-large": ("sd3", 8_056_627_520),
+    "black-forest-labs/FLUX.1-dev": ("flux", 11_901_408_320),
+    "black-forest-labs/FLUX.1-schnell": ("flux", 11_891_178_560),
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": ("pixart", 610_856_096),
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": ("sana", 1_604_462_752),
+    "Qwen/Qwen-Image": ("qwen_image", 20_430_401_088),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("wan", 1_418_996_800),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("wan", 14_288_491_584),
+    "THUDM/CogVideoX-2b": ("cogvideox", 1_693_783_872),
+    "THUDM/CogVideoX-5b": ("cogvideox", 5_570_283_072),
+}
+
+
+@pytest.mark.parametrize("hub", HUB)
+def test_hub_ids_of_transformers_have_their_published_counts(hub: str) -> None:
+    family, count = HUB[hub]
+    architecture = resolve(ModelConfig(family=family, pretrained=hub))
+    assert architecture.parameters["transformer"] == count
+    assert hub in str(architecture.assumed)
+    wide = "Sana" in hub or "PixArt" in hub or "Wan" in hub
+    item = next(x for x in architecture.downloads(architecture.model) if x.source == f"{hub}/transformer")
+    assert item.bytes == architecture.stored["transformer"] * (4 if wide else 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("sana", "Efficient-Large-Model/Sana_600M_1024px_diffusers"),
+        ("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+        ("wan", "someone/wan"),
+        ("cogvideox", "THUDM/CogVideoX1.5-5B"),
+    ],
+)
+def test_what_is_not_known_is_not_assumed(family: str, name: str) -> None:
+    with pytest.raises(ConfigError, match="no architecture is known"):
+        assume(ModelConfig(family=family, pretrained=name))
+
+
+@pytest.fixture(scope="module")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {family: tmp_path_factory.mktemp(family) / "tiny" for family in TRANSFORMERS}
+    for family, folder in folders.items():
+        tiny.build(family, folder)
+    return folders
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_counts_are_of_what_the_family_really_does(family: str, tiny_folders: dict[str, Path]) -> None:
+    """Shapes and operations on the meta device against those of a loaded model, a clip of two latent frames included."""
+    model = ModelConfig(family=family, pretrained=str(tiny_folders[family]), **tiny.SETTINGS.get(family, {}))
+    architecture = resolve(model)
+    real = load_family(model)
+    assert isinstance(real, DenoisingFamily)
+    real.load(NETWORK, ENCODERS, DECODER)
+    frames = 1 + real.frame_step
+    shape = architecture.latent_shape(32, frames)
+    assert shape == real.latent_shape(32, 32, frames)
+    conditioning = real.encode_prompts(["a red circle"])
+    assert {name: value.shape[1:] for name, value in conditioning.items()} == architecture.conditioning
+    assert architecture.text_numbers == sum(value.numel() for value in conditioning.values())
+    lora = LoraConfig(rank=2, targets="attention+ff")
+    cost = measure_network(architecture, lora, shape=shape, dtype=torch.float32)
+    attach(real.network, lora)
+    assert cost.weight_bytes == sum(x.nbytes for x in load_network(model).state_dict().values())
+    # The other kernels of a CPU are not counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        real.predict(real.network, torch.randn(1, *shape), torch.full((1,), 500.0), conditioning)
+    assert cost.policy_forward_flops == counter.get_total_flops()
+    assert 0 < cost.checkpoint_bytes < cost.saved_bytes
+    assert cost.transient_bytes < cost.saved_bytes
+    assert cost.backward_flops > 0
+
+
+def load_network(model: ModelConfig) -> torch.nn.Module:
+    family = load_family(model)
+    family.load(NETWORK)
+    return family.network
+
+
+def test_clips_are_planned() -> None:
+    config = build(
+        {
+            "output_dir": "unused",
+            "model": {"family": "cogvideox", "pretrained": "cogvideox-2b", "random_weights": True},
+            "data": {"resolution": 256, "num_frames": 17},
+            "objective": {"name": "dpo"},
+            "training": {"mixed_precision": "bf16", "train_batch_size": 1},
+        }
+    )
+    plan = make_plan(config)
+    assert plan.latent_shape == (16, 5, 32, 32)
+    assert plan.latent_bytes_per_pair == 2 * 2 * 16 * 5 * 32 * 32
+    assert plan.text_bytes_per_prompt == 2 * 226 * 4096
+    text = render(plan)
+    assert "256 px, 17 frames" in text
+    assert "network forward, per clip" in text
+    data = dataclasses.replace(config.data, num_frames=16)
+    with pytest.raises(ConfigError, match=r"data.num_frames: got 16"):
+        make_plan(dataclasses.replace(config, data=data))
+    image = make_plan(dataclasses.replace(config, data=dataclasses.replace(config.data, num_frames=1)))
+    assert image.network.forward_flops < plan.network.forward_flops / 3
+    assert image.setting.memory.network == plan.setting.memory.network
 
 
 def test_vae_encoding_of_one_image() -> None:

@@ -8,6 +8,7 @@ from diffalign.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "models"
 TINY_BASES = ("tiny-sdxl", "tiny-sd3")
+BASE_FAMILIES = {"tiny-sdxl": "sdxl", "tiny-sd3": "sd3"}
 TINY_LMS = ("tiny-lm",)
 TEXT_LENGTHS = {"tiny-sd3": 0}  # tokens of the T5 encoder that a tiny base does not have
 _SCRIPTS = {

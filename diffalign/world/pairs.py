@@ -4,6 +4,9 @@ Two pictures per prompt are sampled from a tiny base with the stock pipeline, en
 annotator (the verifier's score mixed with a taste) who sees the decoded JPEG. Ties, unlabelled rows and damaged bytes
 are put in because the real data set has them, so that the ordinary reader meets what it must cope with.
 
+Columns beyond Pick-a-Pic's are what objectives may read beyond the label: the judge's scores (`score_0`, `score_1`), and,
+where asked for, the aspect that was judged (`aspect`) and the weights of PatchDPO (`map_0`, `map_1`).
+
 The same settings always give the same file; a file that is already there with the same settings is used again.
 """
 
@@ -21,32 +24,36 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffalign.config import WorldPairsConfig
+from diffalign.config import ModelConfig, SamplingConfig, WorldPairsConfig
 from diffalign.errors import ConfigError, DataError
+from diffalign.families import DenoisingFamily
 from diffalign.files import require_writable
+from diffalign.losses.diffusion.patch_dpo import patch_weights
 from diffalign.world import taste, verifier
+from diffalign.world.drawings import favourites, quality_maps
+from diffalign.world.names import BASE_FAMILIES
 from diffalign.world.scenes import CANVAS, sample_captions
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Pipeline: TypeAlias = Any  # diffusers.StableDiffusionXLPipeline; importing it takes seconds
 log = logging.getLogger(__name__)
 
 FILE_NAME = "train-00000-of-00001.parquet"
-BASE = "tiny-sdxl"
+BASE = "tiny-sdxl"  # where neither the settings nor the run name one
+DRAWING = "drawing"  # as the model of a picture
 BATCH_SIZE = 128  # pictures per sampler call
 ROW_GROUP = 100  # rows; larger groups make readers of real image tables hold gigabytes
 ALL_USERS = "users"  # as the taste: every prompt is judged by one of `taste.USERS`, drawn at random
 TIE = "tie"
-FORMAT = 1  # change it whenever the same settings would give another file
+FORMAT = 2  # change it whenever the same settings would give another file
 _SETTINGS, _INFO = b"diffalign.world_pairs.settings", b"diffalign.world_pairs.info"
 
 
@@ -75,35 +82,37 @@ class PairsInfo:
     reused: bool
 
 
-def make_pairs(config: WorldPairsConfig, out_dir: Path, seed: int, pipeline: Pipeline | None = None) -> PairsInfo:
+def make_pairs(config: WorldPairsConfig, out_dir: Path, seed: int, family: DenoisingFamily | None = None) -> PairsInfo:
     """Sample, judge and write the pairs, unless they are there already.
 
     Args:
         config: how many, whose taste, how sampled.
         out_dir: folder of the parquet file; made if it is missing.
         seed: of prompts, noise and the choice of damaged and unlabelled rows.
-        pipeline: a tiny SDXL pipeline; None loads the shipped base.
+        family: a base with all parts loaded, to be sampled; None loads the shipped one that the settings name.
 
     Raises:
         ConfigError: settings that make no sense.
         UserError: the folder cannot be written.
     """
     _check(config)
-    if pipeline is None:
-        from diffalign.world.bases import load_pipeline
-
-        pipeline = load_pipeline(BASE)
+    if family is None:
+        family = load_base(config.base or BASE)
     path = Path(out_dir) / FILE_NAME
-    settings = dataclasses.asdict(config) | {"seed": seed, "base": weights_hash(pipeline), "format": FORMAT}
+    settings = dataclasses.asdict(config) | {"seed": seed, "weights": weights_hash(family), "format": FORMAT}
     if (info := _existing(path, settings)) is not None:
         log.info("using the %d pairs that are already in %s", info.pairs, path)
         return info
 
     require_writable(path.parent)  # before the work, not after it
     captions = sample_captions(config.prompts, seed, held_out=False)
-    images = sample(pipeline, captions, config, seed)
-    files = [to_jpeg(image, config.jpeg_quality) for image in images]
-    table, info = _judge(config, captions, files, seed, path)
+    rng = random.Random(f"world pairs/{seed}")
+    judges = _judges(config, rng)
+    if config.chosen == "drawn":
+        made = _drawn(family, captions, config, judges, seed)
+    else:
+        made = _Made([to_jpeg(image, config.jpeg_quality) for image in sample(family, captions, config, seed)])
+    table, info = _judge(config, captions, made, judges, rng, seed, path)
     _write(table, info, settings)
     return info
 
@@ -114,6 +123,10 @@ def _check(config: WorldPairsConfig) -> None:
     for name in ("taste_weight", "unlabelled"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"data.world_pairs.{name}: got {getattr(config, name)}; a share in [0, 1] expected")
+    if config.maps and config.chosen != "drawn":
+        raise ConfigError(
+            "data.world_pairs.maps compares samples with drawings; it needs data.world_pairs.chosen: drawn"
+        )
     if config.prompts < 1 or round(config.unlabelled * config.prompts) + config.corrupt > config.prompts:
         raise ConfigError(
             f"data.world_pairs: prompts is {config.prompts}, fewer than the unlabelled and {config.corrupt} corrupt "
@@ -133,72 +146,66 @@ def initial_noise(seed: int, prompt_index: int, image_index: int, shape: tuple[i
 
 @torch.no_grad()
 def sample(
-    pipeline: Pipeline,
+    family: DenoisingFamily,
     captions: list[str],
     config: WorldPairsConfig,
     seed: int,
     batch_size: int = BATCH_SIZE,
+    count: int = 2,
 ) -> Tensor:
-    """Two pictures per caption with the stock pipeline, whose own progress bar is turned off.
+    """Pictures of captions through the base's stock pipeline, whose own progress bar is turned off.
+
+    Args:
+        family: the base, with all parts loaded.
+        captions: prompts.
+        config: sampler steps and guidance.
+        seed: of the noise.
+        batch_size: pictures per call.
+        count: pictures per caption.
 
     Returns:
-        float32 RGB in [0, 1], shape (2 * prompts, 3, 32, 32); both pictures of a prompt follow each other.
+        float32 RGB in [0, 1], shape (count * prompts, 3, 32, 32); the pictures of a prompt follow each other.
     """
     from tqdm.auto import tqdm
 
     distinct = list(dict.fromkeys(captions))
-    hidden, pooled = _embed(pipeline, distinct, batch_size)
-    no_hidden, no_pooled = _embed(pipeline, [""], batch_size)
-    rows = torch.tensor([distinct.index(caption) for caption in captions]).repeat_interleave(2)
-    side = CANVAS // pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, side, side)
-    pipeline.set_progress_bar_config(disable=True)  # one bar for all, and only for somebody who looks
+    embedded = [family.encode_prompts(distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
+    conditioning = {name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}
+    negative = family.encode_negative("")
+    rows = torch.tensor([distinct.index(caption) for caption in captions]).repeat_interleave(count)
+    shape = family.latent_shape(CANVAS, CANVAS)
+    sampling = SamplingConfig(num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
     images = []
+    # One bar for all, and only for somebody who looks.
     for start in tqdm(
         range(0, len(rows), batch_size), desc="sampling pairs", unit="batch", disable=not sys.stderr.isatty()
     ):
         row = rows[start : start + batch_size]
-        noise = [initial_noise(seed, i // 2, i % 2, shape) for i in range(start, start + len(row))]
-        images.append(
-            pipeline(
-                prompt_embeds=hidden[row],
-                pooled_prompt_embeds=pooled[row],
-                negative_prompt_embeds=no_hidden.expand(len(row), -1, -1),
-                negative_pooled_prompt_embeds=no_pooled.expand(len(row), -1),
-                latents=torch.stack(noise).to(pipeline.device, pipeline.unet.dtype),
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                height=CANVAS,
-                width=CANVAS,
-                output_type="pt",
-            )
-            .images.float()
-            .cpu()
-        )
+        noise = [initial_noise(seed, i // count, i % count, shape) for i in range(start, start + len(row))]
+        part = {name: value[row] for name, value in conditioning.items()}
+        images.append(family.sample(part, negative, torch.stack(noise), sampling))
     return torch.cat(images)
 
 
-def _embed(pipeline: Pipeline, prompts: list[str], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Hidden states and pooled embeddings of prompts."""
-    parts = [
-        pipeline.encode_prompt(
-            prompts[i : i + batch_size],
-            device=pipeline.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        for i in range(0, len(prompts), batch_size)
-    ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts])
+def load_base(name: str) -> DenoisingFamily:
+    """A tiny base with all parts loaded."""
+    from diffalign.families import DECODER, ENCODERS, NETWORK, load_family
+
+    family = load_family(ModelConfig(family=BASE_FAMILIES[name], pretrained=name))
+    assert isinstance(family, DenoisingFamily), "bases make images"
+    family.load(NETWORK, ENCODERS, DECODER)
+    return family
 
 
-def weights_hash(pipeline: Pipeline) -> str:
+def weights_hash(family: DenoisingFamily) -> str:
     """16 hex digits of all weights and the scheduler's settings: pairs of another base are other pairs."""
+    pipeline = family.pipeline()
     digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        for key, value in getattr(pipeline, name).state_dict().items():
-            digest.update(f"{name}.{key}".encode())
-            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, nn.Module):
+            for key, value in part.state_dict().items():
+                digest.update(f"{name}.{key}".encode())
+                digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -226,25 +233,83 @@ def label_of(first: float, second: float, margin: float) -> tuple[float, float]:
     return (1.0, 0.0) if first > second else (0.0, 1.0)
 
 
-def _annotators(config: WorldPairsConfig, rng: random.Random) -> list[taste.Taste]:
+@dataclass(frozen=True)
+class _Judges:
+    """Who judges each row: whose taste, how much it counts, and which aspect that is, where aspects are asked for."""
+
+    tastes: list[taste.Taste]
+    weights: list[float]
+    aspects: list[int] | None
+
+
+def _judges(config: WorldPairsConfig, rng: random.Random) -> _Judges:
     if config.taste == ALL_USERS:
-        return rng.choices(list(taste.USERS.values()), k=config.prompts)
-    return [taste.find(config.taste)] * config.prompts
+        tastes = rng.choices(list(taste.USERS.values()), k=config.prompts)
+    else:
+        tastes = [taste.find(config.taste)] * config.prompts
+    if not config.aspects:
+        return _Judges(tastes, [config.taste_weight] * config.prompts, None)
+    aspects = [i % 2 for i in range(config.prompts)]  # 0: what the caption promises; 1: the taste
+    return _Judges(tastes, [float(aspect) for aspect in aspects], aspects)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Two pictures per caption, one after the other; which of the two is a drawing, and maps of weights, where there are."""
+
+    files: list[bytes]
+    drawn: list[int] | None = None
+    maps: Tensor | None = None
+
+
+def _drawn(family: DenoisingFamily, captions: list[str], config: WorldPairsConfig, judges: _Judges, seed: int) -> _Made:
+    """A drawing that the judge likes against a sample, on either side."""
+    samples = [to_jpeg(image, config.jpeg_quality) for image in sample(family, captions, config, seed, count=1)]
+    references = favourites(
+        captions,
+        judges.tastes,
+        judges.weights,
+        seed,
+        seen=lambda image: from_jpeg(to_jpeg(image, config.jpeg_quality)),
+    )
+    drawings = [to_jpeg(image, config.jpeg_quality) for image in references[:, 0]]
+    rng = random.Random(f"drawn pairs/{seed}")
+    sides = [rng.randrange(2) for _ in captions]
+
+    def placed(drawing: Any, other: Any) -> list[Any]:
+        rows = zip(sides, drawing, other, strict=True)
+        return [entry for side, mine, theirs in rows for entry in ((theirs, mine) if side else (mine, theirs))]
+
+    maps = None
+    if config.maps:
+        seen = [torch.stack([from_jpeg(data) for data in files]) for files in (samples, drawings)]
+        of_sample, of_drawing = quality_maps(family, seen[0], seen[1], references)
+        subject = torch.tensor(placed([True] * len(sides), [False] * len(sides)))
+        maps = patch_weights(torch.stack(placed(of_drawing, of_sample)), subject)
+    return _Made(placed(drawings, samples), sides, maps)
 
 
 def _judge(
-    config: WorldPairsConfig, captions: list[str], files: list[bytes], seed: int, path: Path
+    config: WorldPairsConfig,
+    captions: list[str],
+    made: _Made,
+    judges: _Judges,
+    rng: random.Random,
+    seed: int,
+    path: Path,
 ) -> tuple[pa.Table, PairsInfo]:
     import pyarrow as pa
 
-    rng = random.Random(f"world pairs/{seed}")
-    annotators = _annotators(config, rng)
+    files, annotators = made.files, judges.tastes
     readings = verifier.read(torch.stack([from_jpeg(data) for data in files]))
     scores = [
-        taste.combined(reading, captions[i // 2], annotators[i // 2], config.taste_weight)
+        taste.combined(reading, captions[i // 2], annotators[i // 2], judges.weights[i // 2])
         for i, reading in enumerate(readings)
     ]
-    judged = [label_of(scores[2 * i], scores[2 * i + 1], config.margin) for i in range(config.prompts)]
+    if made.drawn is None:
+        judged = [label_of(scores[2 * i], scores[2 * i + 1], config.margin) for i in range(config.prompts)]
+    else:
+        judged = [(0.0, 1.0) if side else (1.0, 0.0) for side in made.drawn]
     # Broken bytes go to decided rows where there are enough: a tie is dropped before anybody decodes it.
     order = rng.sample(range(config.prompts), config.prompts)
     order.sort(key=lambda i: judged[i][0] == 0.5)
@@ -279,7 +344,10 @@ def _judge(
             | {f"image_{j}_url": "" for j in (0, 1)}
             | {f"jpg_{j}": data[j] for j in (0, 1)}
             | {f"label_{j}": labels[j] for j in (0, 1)}
-            | {f"model_{j}": BASE for j in (0, 1)}
+            | {f"model_{j}": DRAWING if made.drawn and made.drawn[i] == j else config.base or BASE for j in (0, 1)}
+            | {f"score_{j}": scores[2 * i + j] for j in (0, 1)}
+            | ({} if judges.aspects is None else {"aspect": judges.aspects[i]})
+            | ({} if made.maps is None else {f"map_{j}": made.maps[2 * i + j].tolist() for j in (0, 1)})
         )
     labels_seen = [row["label_0"] for row in rows if row["has_label"]]
     info = PairsInfo(
@@ -292,16 +360,19 @@ def _judge(
         mean_score=sum(scores) / len(scores),
         reused=False,
     )
-    return pa.Table.from_pylist(rows, schema=schema()), info
+    return pa.Table.from_pylist(rows, schema=schema(aspects=config.aspects, maps=config.maps)), info
 
 
 # ---------------------------------------------------------------- the file
 
 
-def schema() -> pa.Schema:
-    """The columns of Pick-a-Pic v2's parquet files."""
+def schema(*, aspects: bool = False, maps: bool = False) -> pa.Schema:
+    """The columns of Pick-a-Pic v2's parquet files, and then those that it does not have."""
     import pyarrow as pa
 
+    more = [("score_0", pa.float64()), ("score_1", pa.float64())]
+    more += [("aspect", pa.int64())] if aspects else []
+    more += [(f"map_{side}", pa.list_(pa.list_(pa.float32()))) for side in (0, 1)] if maps else []
     return pa.schema(
         [
             ("are_different", pa.bool_()),
@@ -323,6 +394,7 @@ def schema() -> pa.Schema:
             ("user_id", pa.int64()),
             ("num_example_per_prompt", pa.int64()),
             ("__index_level_0__", pa.int64()),
+            *more,
         ]
     )
 
