@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from diffalign import __version__
+from diffalign import __version__, plugins
 from diffalign._run_data import interval_of, read_data_report, row_counts
 from diffalign.config import ModelConfig, RunConfig, to_tree
 from diffalign.errors import did_you_mean
@@ -21,7 +21,14 @@ from diffalign.world.names import TINY_BASES
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TORCH_DTYPE = {"no": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 RESULT_HEAD = ("metric", "base", "aligned", "win rate", "95 % interval", "gain", "95 % interval")
-_FILE_KINDS = ("diffusers", "kohya")
+# What a family's pipeline is called with besides, so that it does what `sample` of the family does.
+CALL_ARGUMENTS = {
+    "pixart": ("clean_caption=False", "use_resolution_binning=False"),
+    "sana": ("use_resolution_binning=False",),
+}
+GUIDANCE = {"qwen_image": "true_cfg_scale"}  # what the others call guidance_scale
+FRAMES_PER_SECOND = {"wan": 16}  # the other clips have 8
+_FILE_KINDS = ("diffusers", "kohya", "gated")
 
 
 def write_card(
@@ -38,7 +45,8 @@ def write_card(
         run_dir: the run folder; `data_report.json` is read from it where present.
         config: the resolved config.
         result: content of `result.json`, or None if nothing was evaluated.
-        files: adapter files by kind, relative to `run_dir`: "diffusers" and "kohya" (the naming ComfyUI reads).
+        files: adapter files by kind, relative to `run_dir`: "diffusers" and "kohya" (the naming ComfyUI reads), or "gated"
+            (fused experts).
         latent_elements: C*h*w of one latent, which turns beta into its equivalents.
 
     Returns:
@@ -55,6 +63,7 @@ def write_card(
         _front_matter(config),
         _introduction(config, tree),
         _usage(config, files),
+        _gates(run_dir, files),
         _results(tree, result),
         _training(config, tree, latent_elements),
         _data(tree, result, read_data_report(run_dir, tree)),
@@ -122,7 +131,7 @@ def _front_matter(config: RunConfig) -> str:
     tags = ["diffusers", "lora", "preference-alignment", "diffalign", objective_name(config), config.model.family]
     head: dict[str, Any] = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
+        "pipeline_tag": "text-to-video" if _frames(config) > 1 else "text-to-image",
         "tags": list(dict.fromkeys(tags)),
     }
     if is_hub_id(config.model.pretrained):
@@ -137,8 +146,11 @@ def _front_matter(config: RunConfig) -> str:
 def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
     title = getattr(type(config.objective), "title", objective_name(config))
     name = Path(config.output_dir).name or "adapter"
+    what = f"A LoRA adapter (rank {config.lora.rank}, alpha {alpha_of(config):g})"
+    if config.lora.experts:
+        what = f"{len(config.lora.experts)} frozen LoRA experts and gates that fuse them by layer and denoising time (TLPO)"
     return (
-        f"# {name}\n\nA LoRA adapter (rank {config.lora.rank}, alpha {alpha_of(config):g}) for "
+        f"# {name}\n\n{what} for "
         f"{_base_label(config.model)}, trained with **{title}** on preference pairs by "
         f"diffalign {__version__}. The base model's weights are unchanged: without "
         "the adapter you have the reference that training started from."
@@ -147,7 +159,7 @@ def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
 
 def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
     parts = ["## How to use it"]
-    lora = files.get("diffusers")
+    lora = files.get("diffusers", files.get("gated"))
     if lora is None:
         parts.append("The adapter has not been exported yet: training did not finish.")
     elif config.model.random_weights:
@@ -158,7 +170,17 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
     else:
         parts.append("In diffusers, run in this folder:")
         parts.append(f"```python\n{snippet(config, lora)}```")
-        parts.append("`adapter_weights` in `pipe.set_adapters('default_0', adapter_weights=0.7)` weakens it.")
+        if "gated" in files:
+            parts.append(
+                "Gates depend on the denoising time: they cannot be merged into weights, and no file for ComfyUI, web UIs "
+                "or `load_lora_weights` can hold them. This needs diffalign."
+            )
+        elif _has_lora_loader(config.model):
+            parts.append("`adapter_weights` in `pipe.set_adapters('default_0', adapter_weights=0.7)` weakens it.")
+        else:
+            parts.append(
+                "diffusers has no LoRA loader for this pipeline: diffalign puts the adapter into the transformer."
+            )
         parts.append(
             "On the command line, in this folder: base and adapter side by side on the same noise.\n\n"
             "```bash\ndiffalign generate config.yaml --adapter . --prompt "
@@ -172,12 +194,28 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
     return "\n\n".join(parts)
 
 
+def _gates(run_dir: Path, files: Mapping[str, str]) -> str:
+    """What the gates learnt: each expert's share at a few times."""
+    if "gated" not in files:
+        return ""
+    from diffalign import export, gates
+
+    file = run_dir / files["gated"]
+    header = gates.read_header(file, export.read_file(file)[1])
+    rows = [(f"{time:g}", *(number(share, 3) for share in row)) for time, row in zip(header["times"], header["shares"])]
+    layers = len(header["layers"])
+    return (
+        f"## Gates\n\nMean {header['kind']} gate of each expert over {layers} layers; time runs from 0 (clean) to 1 (noise)."
+        "\n\n" + markdown_table(("time", *header["experts"]), rows)
+    )
+
+
 def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
-    """Python source that loads base and adapter from the current folder and saves `sample.png`.
+    """Python source that loads base and adapter from the current folder and saves `sample.png` (clips: `sample.mp4`).
 
     Args:
         config: the resolved config.
-        lora: file name of the adapter in diffusers' format.
+        lora: file name of the adapter in diffusers' format, or of gated experts.
     """
     sampling, model = config.sampling, config.model
     dtype = TORCH_DTYPE[config.training.mixed_precision]
@@ -200,45 +238,106 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
             "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, "
             f"prediction_type={quoted(model.prediction_type)})"
         )
-    lines += [
-        f'pipe.load_lora_weights(".", weight_name={quoted(lora)})',
-        "",
-        "image = pipe(",
-        f"    {quoted(_prompt(config))},",
-    ]
-    if sampling.negative_prompt:
+    if model.flow_shift is not None:
+        lines.append(
+            f"pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, {_shift_key(model)}="
+            f"{model.flow_shift})"
+        )
+    if config.lora.experts:
+        lines.insert(1, "from diffalign.gates import load_gated")
+        load = f"load_gated(pipe.{_network_part(model)}, {quoted(lora)})"
+    elif _has_lora_loader(model):
+        load = f'pipe.load_lora_weights(".", weight_name={quoted(lora)})'
+    else:
+        lines.insert(1, "from diffalign.export import load_lora")
+        load = f"load_lora(pipe.{_network_part(model)}, {quoted(lora)}, family={quoted(model.family)})"
+    frames = _frames(config)
+    lines += [load, "", f"{'frames' if frames > 1 else 'image'} = pipe(", f"    {quoted(_prompt(config))},"]
+    # Qwen-Image is guided only where there is a negative prompt, an empty one included.
+    guidance = GUIDANCE.get(model.family, "guidance_scale")
+    if sampling.negative_prompt or (guidance == "true_cfg_scale" and sampling.guidance_scale > 1):
         lines.append(f"    negative_prompt={quoted(sampling.negative_prompt)},")
     lines += [
         f"    num_inference_steps={sampling.num_inference_steps},",
-        f"    guidance_scale={sampling.guidance_scale},",
+        f"    {guidance}={sampling.guidance_scale},",
     ]
     if sampling.guidance_rescale:
         lines.append(f"    guidance_rescale={sampling.guidance_rescale},")
+    if model.max_sequence_length is not None:
+        lines.append(f"    max_sequence_length={model.max_sequence_length},")
+    lines += [f"    {argument}," for argument in CALL_ARGUMENTS.get(model.family, ())]
     resolution = sampling.resolution or config.data.resolution
-    lines += [
-        f"    height={resolution},",
-        f"    width={resolution},",
-        "    generator=torch.Generator().manual_seed(0),",
-        ").images[0]",
-        'image.save("sample.png")',
-    ]
+    lines += [f"    height={resolution},", f"    width={resolution},"]
+    video = _makes_clips(model)
+    if video:
+        lines += [f"    num_frames={frames},", *([] if frames > 1 else ['    output_type="pil",'])]
+    lines += ["    generator=torch.Generator().manual_seed(0),"]
+    if frames > 1:
+        lines.insert(1, "from diffusers.utils import export_to_video")
+        fps = FRAMES_PER_SECOND.get(model.family, 8)
+        lines += [").frames[0]", f'export_to_video(frames, "sample.mp4", fps={fps})']
+    else:
+        lines += [").frames[0][0]" if video else ").images[0]", 'image.save("sample.png")']
     return "\n".join(lines) + "\n"
 
 
+def _frames(config: RunConfig) -> int:
+    return config.sampling.num_frames or config.data.num_frames
+
+
+def _pipeline_family(model: ModelConfig) -> Any:
+    """The family's class; None if it is not behind a stock diffusers pipeline."""
+    from diffalign.families._pipeline import PipelineFamily
+
+    cls: Any = plugins.find("families", model.family)
+    return cls if issubclass(cls, PipelineFamily) else None
+
+
+def _makes_clips(model: ModelConfig) -> bool:
+    return bool(getattr(_pipeline_family(model), "frame_step", 0))
+
+
+def _has_lora_loader(model: ModelConfig) -> bool:
+    """Whether the stock pipeline loads adapters itself."""
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    family = _pipeline_family(model)
+    return family is None or issubclass(family.pipeline_class(), LoraBaseMixin)
+
+
+def _network_part(model: ModelConfig) -> str:
+    family = _pipeline_family(model)
+    return "unet" if family is None else family.network_part
+
+
+def _shift_key(model: ModelConfig) -> str:
+    """What the family's published scheduler calls its shift."""
+    from diffalign.families import published
+
+    family = _pipeline_family(model)
+    names = () if family is None else family.architectures
+    schedulers = [published.component_configs(name)["scheduler"] for name in names]
+    return "flow_shift" if any("flow_shift" in scheduler for scheduler in schedulers) else "shift"
+
+
 def _load_lines(model: ModelConfig, dtype: str) -> list[str]:
+    from diffalign.families._loading import stock_vae
+
     single = model.pretrained.endswith(".safetensors")
-    cls = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}.get(model.family, "DiffusionPipeline")
+    family = _pipeline_family(model)
+    cls = "DiffusionPipeline" if family is None else family.pipeline_class().__name__
     call = "from_single_file" if single else "from_pretrained"
     # A local path is the trainer's own business: only its last part is published.
     where = model.pretrained if is_hub_id(model.pretrained) else Path(model.pretrained).name
     arguments = [quoted(where), f"torch_dtype={dtype}"]
     arguments += [f"revision={quoted(model.revision)}"] if model.revision else []
     arguments += [f"variant={quoted(model.variant)}"] if model.variant else []
-    lines = [f"from diffusers import {'AutoencoderKL, ' if model.vae else ''}{cls}", ""]
+    vae_class = "AutoencoderKL" if family is None else stock_vae(family.pipeline_class())[0].__name__
+    lines = [f"from diffusers import {f'{vae_class}, ' if model.vae else ''}{cls}", ""]
     if model.vae:
         vae = model.vae if is_hub_id(model.vae) else Path(model.vae).name
         vae_call = "from_single_file" if vae.endswith(".safetensors") else "from_pretrained"
-        lines.append(f"vae = AutoencoderKL.{vae_call}({quoted(vae)}, torch_dtype={dtype})")
+        lines.append(f"vae = {vae_class}.{vae_call}({quoted(vae)}, torch_dtype={dtype})")
         arguments.append("vae=vae")
     if not is_hub_id(model.pretrained):
         lines.append("# the base checkpoint this was trained on: put your path to it here")
@@ -307,9 +406,17 @@ def _training(config: RunConfig, tree: Mapping[str, Any], latent_elements: int |
         ),
         ("optimiser", f"{training.optimizer}, gradients clipped at {training.max_grad_norm:g}"),
         ("precision", {"no": "float32"}.get(training.mixed_precision, training.mixed_precision)),
-        ("LoRA targets", str(section_of(tree, "lora").get("targets"))),
+        (
+            "LoRA targets",
+            "those of the experts" if config.lora.experts else str(section_of(tree, "lora").get("targets")),
+        ),
         ("weights saved", f"moving average, decay {training.ema_decay}" if training.ema_decay else "last step"),
-        ("resolution", f"{config.data.resolution} px" + (", aspect-ratio buckets" if config.data.buckets else "")),
+        (
+            "resolution",
+            f"{config.data.resolution} px"
+            + (", aspect-ratio buckets" if config.data.buckets else "")
+            + (f", {config.data.num_frames} frames" if config.data.num_frames > 1 else ""),
+        ),
         ("seed", str(config.seed)),
     ]
     return "## Training\n\n" + markdown_table(("setting", "value"), rows) + "\n\nEverything else is in `config.yaml`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from diffalign import config as config_module
+from diffalign import plugins
 from diffalign.config import RunConfig
 from diffalign.model_card import caveats, snippet, write_card
 
@@ -182,6 +184,64 @@ def test_snippet_follows_the_model_section(model: dict[str, Any], expected: str)
     source = snippet(make_config(model=model, training={"mixed_precision": "bf16"}))
     compile(source, "snippet", "exec")
     assert expected in source
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("sd3", ['StableDiffusion3Pipeline.from_pretrained("owner/base-model"', "pipe.load_lora_weights("]),
+        ("flux", ["FluxPipeline.from_pretrained(", "guidance_scale=", ").images[0]"]),
+        ("pixart", ["PixArtSigmaPipeline", "clean_caption=False", "load_lora(pipe.transformer, ", 'family="pixart"']),
+        ("sana", ["SanaPipeline", "use_resolution_binning=False"]),
+        ("qwen_image", ["QwenImagePipeline", "true_cfg_scale=", 'negative_prompt="",']),
+        ("wan", ["WanPipeline", "num_frames=1,", 'output_type="pil"', ").frames[0][0]"]),
+        ("cogvideox", ["CogVideoXPipeline", "num_frames=1,"]),
+    ],
+)
+def test_snippets_of_transformers_use_their_pipelines(family: str, expected: list[str], tmp_path: Path) -> None:
+    config = make_config(model={"family": family}, training={"mixed_precision": "bf16"})
+    source = snippet(config)
+    compile(source, "snippet", "exec")
+    assert all(text in source for text in [*expected, "torch_dtype=torch.bfloat16"])
+    call = source[source.index("= pipe(") :].split(").")[0]
+    known = inspect.signature(plugins.find("families", family).pipeline_class().__call__).parameters  # type: ignore[attr-defined]
+    assert set(re.findall(r"^    (\w+)=", call, flags=re.M)) <= known.keys()
+    text = card(tmp_path, config, files={"diffusers": FILES["diffusers"]})
+    assert "ComfyUI" not in text
+    assert ("no LoRA loader" in text) == (family == "pixart")
+
+
+def test_clips_are_saved_as_a_video(tmp_path: Path) -> None:
+    config = make_config(model={"family": "wan", "flow_shift": 3.0}, data={"resolution": 480, "num_frames": 33})
+    text = card(tmp_path, config)
+    assert front_matter(text)["pipeline_tag"] == "text-to-video"
+    assert "480 px, 33 frames" in text
+    source = python_block(text)
+    assert 'export_to_video(frames, "sample.mp4", fps=16)' in source
+    assert "flow_shift=3.0)" in source
+    assert "num_frames=33," in source
+    assert ", shift=3.0)" in snippet(make_config(model={"family": "sd3", "flow_shift": 3.0}))
+
+
+def test_a_pixart_snippet_loads_a_real_adapter_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+    from families import tiny
+
+    from diffalign import adapters, export
+    from diffalign.config import LoraConfig
+
+    tiny.build("pixart", tmp_path / "tiny")
+    network = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "tiny" / "transformer")
+    adapters.attach(network, LoraConfig(rank=2))
+    export.save_lora(network, None, tmp_path, family="pixart")
+    pipe = FakePipe()
+    pipe.transformer = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "tiny" / "transformer")  # type: ignore[attr-defined]
+    pipe.to = lambda device: pipe  # type: ignore[attr-defined]
+    monkeypatch.setattr(diffusers.PixArtSigmaPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet(make_config(model={"family": "pixart"})), "snippet", "exec"), {})
+    assert len(adapters.lora_layers(pipe.transformer)) == len(adapters.lora_layers(network))  # type: ignore[attr-defined]
+    assert pipe.calls[-1] == ("save", "sample.png")
 
 
 def test_random_weights_have_nothing_to_show(tmp_path: Path) -> None:

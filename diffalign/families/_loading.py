@@ -328,7 +328,7 @@ def _load_vae(pipeline_class: Any, config: ModelConfig, name: str, dtype: torch.
     path = Path(name).expanduser()
     if path.is_file():
         # All published autoencoders of a family have one shape: no need to ask the hub for it.
-        vae_class, architecture = _stock_vae(pipeline_class)
+        vae_class, architecture = stock_vae(pipeline_class)
         with _config_folder(config, architecture) as folder:
             return vae_class.from_single_file(str(path), config=folder, subfolder="vae", **dtype_argument(dtype))
     where = str(_vae_folder(path)) if path.is_dir() else name
@@ -336,7 +336,7 @@ def _load_vae(pipeline_class: Any, config: ModelConfig, name: str, dtype: torch.
     return vae_class.from_pretrained(where, **dtype_argument(dtype))
 
 
-def _stock_vae(pipeline_class: Any) -> tuple[Any, str]:
+def stock_vae(pipeline_class: Any) -> tuple[Any, str]:
     """The autoencoder's class of a stock pipeline, and the first published architecture that has it."""
     import diffusers
 
