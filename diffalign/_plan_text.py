@@ -64,7 +64,8 @@ def _model(plan: Plan) -> Iterator[str]:
     for name, count in plan.parameters.items():
         yield _row(f"{name} parameters", f"{count:>15,}")
     targets = plan.lora_targets if isinstance(plan.lora_targets, str) else ", ".join(plan.lora_targets)
-    yield _row(f"LoRA r{plan.lora_rank} on {targets}", f"{plan.network.lora_parameters:>15,}  parameters, trained")
+    adapter = f"gates over {plan.lora_experts} experts" if plan.lora_experts else f"LoRA r{plan.lora_rank} on {targets}"
+    yield _row(adapter, f"{plan.network.lora_parameters:>15,}  parameters, trained")
     yield _row("", f"{plan.network.lora_modules:>15,}  modules")
     yield _row("latent", " x ".join(map(str, plan.latent_shape)))
 

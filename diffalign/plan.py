@@ -146,6 +146,7 @@ class Plan:
     parameters: dict[str, int]
     lora_rank: int
     lora_targets: str | tuple[str, ...]
+    lora_experts: int  # that are fused; 0: a new adapter is trained
     network: NetworkCost
     latent_shape: tuple[int, ...]
     setting: Setting
@@ -369,6 +370,7 @@ def make_plan(
         parameters=costs.architecture.parameters,
         lora_rank=config.lora.rank,
         lora_targets=config.lora.targets,
+        lora_experts=len(config.lora.experts),
         network=costs.network,
         latent_shape=costs.latent_shape,
         setting=setting,
