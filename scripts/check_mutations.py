@@ -33,6 +33,7 @@ class Mutation:
 
 
 OBJECTIVES = "tests/test_denoising_scores.py tests/losses/test_links.py"
+GATES = "tests/test_gates.py"
 MUTATIONS = (
     Mutation(
         "sign flipped in the loss",
@@ -180,6 +181,41 @@ MUTATIONS = (
         "torch.tensor(adapters.scale(layer, name) * layer.r[name], dtype",
         "torch.tensor(float(layer.r[name]), dtype",
         "tests/test_export.py",
+    ),
+    Mutation(
+        "gates of experts share over layers",
+        "diffalign/gates.py",
+        "logits.softmax(-1)",
+        "logits.softmax(1)",
+        GATES,
+    ),
+    Mutation(
+        "gates of the last time embedded",
+        "diffalign/gates.py",
+        "if not self._inside or self.now is not None:",
+        "if not self._inside:",
+        "tests/families/test_contract.py -k rows_own_time",
+    ),
+    Mutation(
+        "recomputed blocks see another pass's gates",
+        "diffalign/gates.py",
+        "before, self.now = self.now, now",
+        "before = self.now",
+        GATES,
+    ),
+    Mutation(
+        "gates of the first row for all",
+        "diffalign/gates.py",
+        "gate = self.now[place]",
+        "gate = self.now[place][:1]",
+        GATES,
+    ),
+    Mutation(
+        "gates of other experts are taken",
+        "diffalign/adapters.py",
+        "gates.require_marks(state[_MARKS])",
+        "pass",
+        GATES,
     ),
 )
 

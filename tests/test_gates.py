@@ -366,6 +366,15 @@ def test_experts_that_cannot_be_fused_are_refused_before_anything_loads(
     refused("the file is for", experts[0], write_expert(tmp_path / "wide", wide, 5))
 
 
+def test_a_language_model_has_no_times_to_gate_by(tmp_path, experts) -> None:
+    model = {"family": "causal_lm", "pretrained": "tiny-lm"}
+    config = build(
+        {"output_dir": str(tmp_path), "model": model, "objective": {"name": "dpo"}, "lora": {"experts": experts}}
+    )
+    with pytest.raises(ConfigError, match=r"lora\.experts: has no effect on family 'causal_lm'"):
+        preflight.check(config)
+
+
 # Runs
 
 
