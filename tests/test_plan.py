@@ -21,8 +21,15 @@ from diffalign.errors import ConfigError
 from diffalign.families import DECODER, ENCODERS, NETWORK, DenoisingFamily, load_family, published
 from diffalign.measure import NetworkCost, measure_encoder, measure_network
 from diffalign.plan import GIB, choose_micro_batch, make_plan, pairs_per_device, render, to_json
+from diffalign.preflight import check
 
 SHIPPED = ("sdxl_dpo_pickapic", "sdxl_dpo_pickapic_24gb", "sd15_dpo_pickapic")
+# Recipes of transformers: the card they are for, the network's parameters, the sum that their header says.
+RECIPES = {
+    "sd35m_dpo_pickapic": (24, 2_243_171_520, 8.6),
+    "flux_dpo_pickapic": (80, 11_901_408_320, 33.5),
+    "wan_dpo_video": (24, 1_418_996_800, 8.0),
+}
 
 
 def sd15(**changes: Any) -> RunConfig:
@@ -405,6 +412,25 @@ def test_shipped_recipes_load_and_plan(name: str) -> None:
     tree = json.loads(to_json(plan))
     assert tree["setting"]["memory"]["total"] == plan.setting.memory.total
     assert tree["parameters"]["unet"] == plan.network.parameters
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_transformers_load_and_plan(name: str) -> None:
+    config, (card, count, gigabytes) = load_config(name), RECIPES[name]
+    check(config)
+    plan = make_plan(config, gpu_gb=card, pairs=10_000 if "video" in name else None)
+    assert plan.fits
+    assert plan.parameters["transformer"] == count
+    assert plan.setting.memory.total / GIB == pytest.approx(gigabytes, abs=0.1)
+    text = render(plan)
+    assert f"{count:,}" in text
+    header = (config_module.config_folder() / f"{name}.yaml").read_text().split("output_dir")[0]
+    assert f"{gigabytes} GiB" in header
+    assert "UNVERIFIED" in header
+    if name.startswith("flux"):
+        small = make_plan(config, gpu_gb=24)
+        assert not small.fits
+        assert small.nearest is None
 
 
 def test_the_full_recipe_does_not_fit_24_gb_and_says_what_does() -> None:
