@@ -61,7 +61,7 @@ def test_a_constant_noise_comes_back_at_exactly_the_timestep(schedule, renoise):
 
 
 def test_the_released_code_stops_at_the_grid_level_below_the_timestep():
-    """Its implied noise then holds a part of the image: rho noise + k x0, with the constants of (950, 901) and (200, 101)."""
+    """Its implied noise then holds a part of the image, rho noise + k x0: the constants of (950, 901), (200, 101)."""
     schedule = vp("epsilon")
     x0, noise, row = setup(2)
     t = torch.tensor([950, 200])
