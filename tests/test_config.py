@@ -248,8 +248,8 @@ def test_shipped_configs_are_found_by_name_from_anywhere(tmp_path: Path, monkeyp
     assert {"demo_dpo", "sd15_dpo_pickapic", "sdxl_dpo_pickapic"} <= set(shipped)
     for name in shipped:
         assert load_config(name) == load_config(f"configs/{name}.yaml") == load_config(f"{name}.yaml")
-    with pytest.raises(ConfigError, match=r"'demo_dop' not found .*; did you mean 'demo_dpo'\? Shipped: "):
-        load_config("demo_dop")
+    with pytest.raises(ConfigError, match=r"'demo_dpoo' not found .*; did you mean 'demo_dpo'\? Shipped: "):
+        load_config("demo_dpoo")
     with pytest.raises(ConfigError, match="not found"):
         load_config("elsewhere/demo_dpo.yaml")
 

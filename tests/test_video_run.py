@@ -27,8 +27,7 @@ from diffalign.families import NETWORK, load_family
 from diffalign.report import write_report
 from diffalign.rewards import Reward, stills
 from diffalign.sampling import Sampler, save_png
-from diffalign.trainer import TrainResult
-from diffalign.trainer import train as train_and_export
+from diffalign.trainer import train
 
 BUILD: dict[str, Callable[[Path], Path]] = {"wan": build_wan, "cogvideox": build_cogvideox}
 FRAMES = {"wan": 5, "cogvideox": 9}
@@ -86,13 +85,6 @@ def make_config(out: Path, name: str, folder: Path, source: Path, /, **changes: 
     for section, values in changes.items():
         tree[section] = tree.get(section, {}) | values
     return build(tree)
-
-
-def train(config: RunConfig) -> TrainResult:
-    """A run without adapter files: `export` knows the layouts of image families only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffalign.export.save_lora", lambda network, lora, folder, **_: {"diffusers": folder / "lora"})
-        return train_and_export(config)
 
 
 def shape_of(file: Path) -> tuple[tuple[int, int], int]:

@@ -38,6 +38,8 @@ NOISE = {
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl": "part of your input was truncated",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3": "part of your input was truncated",
     "diffusers.pipelines.cogvideo.pipeline_cogvideox": "part of your input was truncated",
+    "diffusers.pipelines.flux.pipeline_flux": "part of your input was truncated",
+    "diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma": "part of your input was truncated",
     "transformers.tokenization_utils_base": "Token indices sequence length is longer than",
 }
 
