@@ -319,6 +319,9 @@ class DenoisingConfig:
             sampler backwards without guidance, and the target is the noise that the result implies (DDIM-InPO);
             "renoise_inversion" corrects every step of it (SmPO). null: as the objective was published.
         inversion_steps: levels of the inversion's grid (InPO's code: 10; SmPO's code 5, its paper 9).
+        inversion_noise: noise added after every step of the inversion, in units of the DDIM step's deviation (InPO's code:
+            0.1, which its comment calls optional). Without any, the implied noise is the network's own and holds little
+            that is not known to it.
         inversion_level: "exact" makes the last step land on the timestep; "grid" stops at the last level below it, as the
             released code does.
         error_space: where errors are measured: "native" (what the network predicts, as published), "epsilon",
@@ -333,6 +336,7 @@ class DenoisingConfig:
     proportion_empty_prompts: float = 0.0
     noising: Literal["forward", "ddim_inversion", "renoise_inversion"] | None = None
     inversion_steps: int = 10
+    inversion_noise: float = 0.0
     inversion_level: Literal["exact", "grid"] = "exact"
     error_reduction: Literal["mean", "sum"] = "mean"
     error_space: Literal["native", "epsilon", "v_prediction", "sample", "flow_prediction"] = "native"
@@ -344,6 +348,8 @@ class DenoisingConfig:
             raise ValueError(
                 f"timestep_min {self.timestep_min} and timestep_max {self.timestep_max} leave no timestep to draw"
             )
+        if self.inversion_noise < 0:
+            raise ValueError(f"inversion_noise is {self.inversion_noise}; expected 0 or more")
         if self.inversion_steps < 1:
             raise ValueError(f"inversion_steps is {self.inversion_steps}; expected at least 1")
         if self.logit_std <= 0:

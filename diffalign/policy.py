@@ -152,7 +152,9 @@ class Policy:
             x_t = add_noise(rows.x0, rows.noise, alpha, sigma)
             wanted = target(prediction_type, rows.x0, rows.noise, alpha, sigma)
         else:
-            x_t, implied = self.invert(rows.x0, rows.t, rows.conditioning, renoise=noising == "renoise_inversion")
+            renoise = noising == "renoise_inversion"
+            noise = rows.noise if self.denoising.inversion_noise else None
+            x_t, implied = self.invert(rows.x0, rows.t, rows.conditioning, renoise=renoise, noise=noise)
             wanted = target(prediction_type, rows.x0, implied, alpha, sigma)
         if rows.given is not None and rows.x_t is not None and rows.target is not None:
             given = append_dims(rows.given, x_t)
@@ -161,7 +163,13 @@ class Policy:
 
     @torch.no_grad()
     def invert(
-        self, x0: Tensor, t: Tensor, conditioning: Conditioning, *, renoise: bool = False
+        self,
+        x0: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        *,
+        renoise: bool = False,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """DDIM inversion by the policy (no guidance): the x_t from which its sampler would come back to x0.
 
@@ -175,6 +183,8 @@ class Policy:
             conditioning: with a batch axis of N.
             renoise: at every level predict twice, the second time at the level reached with the first, and take the mean
                 (ReNoise, arXiv 2403.14602).
+            noise: standard normal noise of x0's shape, of which `denoising.inversion_noise` times the deviation of the DDIM
+                step is added after every step; every step sees it shifted, so that steps differ.
 
         Returns:
             x_t, and the noise it implies, (x_t - alpha_t x0) / sigma_t.
@@ -194,11 +204,23 @@ class Policy:
             if not len(index):
                 continue
             part = {name: value[index] for name, value in conditioning.items()}
-            x[index] = self._inverse_step(x[index], level[index], goal[index], part, renoise)
+            moved = self._inverse_step(x[index], level[index], goal[index], part, renoise)
+            if noise is not None:
+                deviation = self.denoising.inversion_noise * self._deviation(goal[index], level[index])
+                fresh = noise[index].flatten(1).roll(number, 1).view_as(moved)
+                moved = moved + append_dims(deviation, moved) * fresh
+            x[index] = moved
             level[index] = goal[index]
         alpha, sigma = schedule.alpha_sigma(t)
         implied = (x - append_dims(alpha, x) * x0) / append_dims(sigma.clamp(min=1e-4), x)
         return x, implied
+
+    def _deviation(self, upper: Tensor, lower: Tensor) -> Tensor:
+        """What a fully stochastic DDIM step from one level down to another would add, (N,); level -1 is clean: 0."""
+        alpha, sigma = self.family.schedule.alpha_sigma(upper)
+        alpha_low, sigma_low = self.family.schedule.alpha_sigma(lower.clamp(min=0))
+        inside = 1 - (sigma_low * alpha / (sigma * alpha_low)).square()
+        return torch.where(lower < 0, 0.0, sigma_low * inside.clamp(min=0).sqrt())
 
     def _inverse_step(
         self, x: Tensor, level: Tensor, goal: Tensor, conditioning: Conditioning, renoise: bool

@@ -69,8 +69,18 @@ def overrides_for(name: str, base: str, seed: int, out: Path) -> list[str]:
         "training.sample_steps=0",
     ]
     if tree["data"].get("world_pairs"):
+        share_pairs(tree, base, seed, out)
         changes += [f"cache.dir={out.parent / ('cache-' + data_key(tree, base, seed))}"]
     return changes
+
+
+def share_pairs(tree: dict[str, Any], base: str, seed: int, out: Path) -> None:
+    """Let a run find the pairs that another demo with the same data has made."""
+    shared = out.parent / f"pairs-{data_key(tree, base, seed)}"
+    shared.mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True)
+    if not (out / "data").exists():
+        (out / "data").symlink_to(shared)
 
 
 def data_key(tree: dict[str, Any], base: str, seed: int) -> str:
@@ -93,7 +103,7 @@ def run(name: str, base: str, seed: int, folder: Path, budget: int, extra: list[
     changes = overrides_for(name, base, seed, out) + extra
     tree = read_tree(name)
     steps = int(tree["training"]["max_train_steps"])
-    per_step = forwards_per_step(name, base, folder, changes)
+    per_step = forwards_per_step(name, base, seed, folder, changes)
     steps = max(1, round(budget / per_step))
     every = int(tree.get("rollout", {}).get("steps_per_generation", 1))
     steps = max(every, steps // every * every)
@@ -106,7 +116,7 @@ def run(name: str, base: str, seed: int, folder: Path, budget: int, extra: list[
     return result
 
 
-def forwards_per_step(name: str, base: str, folder: Path, changes: list[str]) -> float:
+def forwards_per_step(name: str, base: str, seed: int, folder: Path, changes: list[str]) -> float:
     """Image forwards of an optimiser step, counted on one round (or two steps) without evaluation."""
     cache = folder / "forwards.json"
     known = json.loads(cache.read_text()) if cache.is_file() else {}
@@ -115,6 +125,8 @@ def forwards_per_step(name: str, base: str, folder: Path, changes: list[str]) ->
         tree = read_tree(name)
         steps = max(2, int(tree.get("rollout", {}).get("steps_per_generation", 1)))
         out = folder / f"{PROBE}-{name}-{base}"
+        if tree["data"].get("world_pairs"):
+            share_pairs(tree, base, seed, out)
         more = [c for c in changes if not c.startswith("output_dir")]
         more += [f"output_dir={out}", f"training.max_train_steps={steps}", "evaluation.at_end=false"]
         more += ["evaluation.prompts=", "evaluation.held_out_fraction=0", f"training.checkpointing_steps={steps}"]

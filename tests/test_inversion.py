@@ -90,6 +90,33 @@ def test_renoise_predicts_twice_at_every_level():
     assert len(twice.calls) == 2 * len(once.calls)
 
 
+def test_noise_of_the_inversion_is_that_of_the_sampler_on_the_same_levels():
+    """A stochastic DDIM step from 301 down to 201 would add this much; the first step, from clean, adds none."""
+    schedule = vp("epsilon")
+    abar = schedule.alphas.double().square()
+    policy = Known(schedule, setup(1)[1], inversion_noise=0.5)
+    variance = (1 - abar[201]) / (1 - abar[301]) * (1 - abar[301] / abar[201])
+    found = policy._deviation(torch.tensor([301, 1]), torch.tensor([201, -1]))
+    torch.testing.assert_close(found, torch.tensor([float(variance) ** 0.5, 0.0]), rtol=1e-3, atol=1e-6)
+
+
+def test_noise_of_the_inversion_becomes_part_of_the_target():
+    x0, noise, row = setup(2)
+    t, own = torch.tensor([101, 501]), torch.randn(x0.shape, generator=torch.Generator().manual_seed(7))
+    schedule = vp("epsilon")
+    still, _ = Known(schedule, noise).invert(x0, t, row)
+    policy = Known(schedule, noise, inversion_noise=0.5)
+    moved, implied = policy.invert(x0, t, row, noise=own)
+    again, _ = policy.invert(x0, t, row, noise=own)
+    assert torch.equal(moved, again)
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in schedule.alpha_sigma(t))
+    torch.testing.assert_close(implied, (moved - alpha * x0) / sigma)
+    # two levels up to 101: the first adds none, the second half of its deviation
+    d = 0.5 * policy._deviation(torch.tensor([101]), torch.tensor([1]))
+    torch.testing.assert_close((moved - still)[0].std(), (d * own[0].std())[0], rtol=1e-3, atol=1e-5)
+    assert (moved - still)[1].std() > 0.1
+
+
 @pytest.fixture(scope="module")
 def family(tiny_folder):
     found = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
