@@ -79,7 +79,7 @@ def write(tmp_path: Path, tiny_config: TinyConfig) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["demo_dop"], r"config 'demo_dop' not found .*; did you mean 'demo_dpo'\? Shipped: "),
+        (["demo_dpoo"], r"config 'demo_dpoo' not found .*; did you mean 'demo_dpo'\? Shipped: "),
         (
             ["demo_dpo", "training.learning_rte=1"],
             r"training\.learning_rte: unknown key; did you mean 'learning_rate'\?",

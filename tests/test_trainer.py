@@ -233,16 +233,14 @@ def test_sigterm_leaves_a_checkpoint_and_a_run_that_goes_on(run, tmp_path, sourc
 
 def test_a_non_finite_loss_stops_with_the_samples_and_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
     original = DPO.__call__
-    calls = []
+    ids = []
 
     def poisoned(self, scores, layout, stats=None):
         out = original(self, scores, layout, stats)
-        calls.append(layout)
-        if len(calls) == 4:  # the first call is the rehearsal before anything loads
+        if len(ids) == 3:  # in the third micro-batch, whatever was rehearsed before anything loaded
             out.per_item.data[1] = float("nan")
         return out
 
-    ids = []
     monkeypatch.setattr(DPO, "__call__", poisoned)
     original_loss = ImageJob.loss
     monkeypatch.setattr(ImageJob, "loss", lambda self, batch: ids.append(batch.ids) or original_loss(self, batch))

@@ -28,7 +28,7 @@ def base_folder(name: str) -> Path:
     head = "config.json" if name in TINY_LMS else "model_index.json"
     if not (folder / head).is_file():
         raise ConfigError(
-            f"tiny base {name!r} is not installed at {folder}; shipped: {', '.join(TINY_BASES + TINY_LMS)}; "
-            f"rebuild it with {_SCRIPTS[name]}"
+            f"tiny base {name!r} is not installed at {folder}; shipped: {', '.join(TINY_BASES + TINY_LMS)}"
+            + (f"; rebuild it with {_SCRIPTS[name]}" if name in _SCRIPTS else "")
         )
     return folder

@@ -155,7 +155,7 @@ def test_where_rows_come_from_and_how_they_are_noised():
         "seppo": ("shared", "forward", "generated"),
         "diffusion_kto": ("independent", "forward", "data"),
         "d3po": ("shared", "forward", "trajectories"),
-        "spo": ("shared", "forward", "trajectories"),
+        "spo": ("shared", "forward", "candidates"),
         "pso": ("shared", "forward", "trajectories"),
         "dro": ("shared", "forward", "on_policy"),
         "subject_rpo": ("independent", "forward", "data"),

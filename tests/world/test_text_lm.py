@@ -84,5 +84,5 @@ def test_the_shipped_folder():
 
 def test_bases_by_name():
     assert all(base_folder(name).is_dir() for name in TINY_BASES + TINY_LMS)
-    with pytest.raises(ConfigError, match=r"'tiny-nothing' is not installed.*shipped: tiny-sdxl, tiny-lm"):
+    with pytest.raises(ConfigError, match=r"'tiny-nothing' is not installed.*shipped: tiny-sdxl, tiny-sd3, tiny-lm"):
         base_folder("tiny-nothing")
