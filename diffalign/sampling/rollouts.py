@@ -275,7 +275,8 @@ class ImageRollouts:
         def steps(step: int) -> Tensor:
             return torch.stack([self._noise(f"{names[i]}/{k}/{step}", number) for i, k in rows])
 
-        made = sample(predict, self.grid, noise, self.eta, steps)
+        keep = self.objective.source in ("trajectories", "on_policy")
+        made = sample(predict, self.grid, noise, self.eta, steps, keep=keep)
         given = self._reward(made.clean, [self.prompts[chosen[i]] for i, _ in rows])
         total = given @ torch.tensor(self.weights) if self.models else given.new_zeros(len(rows))
         return [
@@ -301,6 +302,12 @@ class ImageRollouts:
 
     def _make(self, number: int) -> list[list[AnyBatch]]:
         """The micro-batches of a round, per optimiser step."""
+        made = self._sample_round(number)
+        if self.family.device.type != "cpu":
+            self.family.unload(DECODER)  # the device's memory belongs to training
+        return made
+
+    def _sample_round(self, number: int) -> list[list[AnyBatch]]:
         rank, every = self.accelerator.process_index, self.plan.micro_batch(number)
         mine = every[rank * self.share : (rank + 1) * self.share]
         before = [index for index, _ in every[: rank * self.share]]

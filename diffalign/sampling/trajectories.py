@@ -149,7 +149,13 @@ class Trajectory:
 
 @torch.no_grad()
 def sample(
-    predict: Predict, grid: Grid, noise: Tensor, eta: float, draw: Callable[[int], Tensor] | None = None
+    predict: Predict,
+    grid: Grid,
+    noise: Tensor,
+    eta: float,
+    draw: Callable[[int], Tensor] | None = None,
+    *,
+    keep: bool = True,
 ) -> Trajectory:
     """Sample N latents.
 
@@ -159,6 +165,7 @@ def sample(
         noise: standard normal, (N, ...), float32.
         eta: 0 deterministic, 1 fully stochastic.
         draw: standard normal noise of a step, (N, ...), where eta > 0.
+        keep: False keeps the clean latents alone.
     """
     x = noise  # samplers start from unit variance, whatever little signal the noisiest level still has
     latents, outputs = [x], []
@@ -169,6 +176,7 @@ def sample(
         if deviation[0] > 0:
             assert draw is not None, "a stochastic sampler needs noise"
             x = x + append_dims(deviation, x) * draw(number).to(x)
-        latents.append(x)
-        outputs.append(output)
-    return Trajectory(latents, outputs)
+        if keep:
+            latents.append(x)
+            outputs.append(output)
+    return Trajectory(latents, outputs) if keep else Trajectory([x], [])

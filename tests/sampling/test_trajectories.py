@@ -169,6 +169,13 @@ def test_published_factors_of_d3po():
         assert factor == pytest.approx(known[t], rel=0.05), t
 
 
+def test_what_is_not_kept_changes_nothing():
+    grid = flow().grid(4)
+    kept, clean = sample(network, grid, noise(), 0.0), sample(network, grid, noise(), 0.0, keep=False)
+    assert torch.equal(kept.clean, clean.clean)
+    assert (len(kept.latents), len(clean.latents), len(clean.outputs)) == (5, 1, 0)
+
+
 def test_a_stochastic_run_needs_noise():
     with pytest.raises(AssertionError, match="needs noise"):
         sample(network, flow().grid(4), noise(), 1.0)
