@@ -34,6 +34,9 @@ class Mutation:
 
 OBJECTIVES = "tests/test_denoising_scores.py tests/losses/test_links.py"
 GATES = "tests/test_gates.py"
+TRAJECTORIES = "tests/sampling/test_trajectories.py"
+ROLLOUTS = "tests/sampling/test_rollouts.py"
+INVERSION = "tests/test_inversion.py"
 MUTATIONS = (
     Mutation(
         "sign flipped in the loss",
@@ -73,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "winner and loser swapped in the objective",
         "diffalign/data/batch.py",
-        "latents = torch.cat([self.chosen, self.rejected])",
-        "latents = torch.cat([self.rejected, self.chosen])",
+        "x0=torch.cat([chosen.x0, rejected.x0])",
+        "x0=torch.cat([rejected.x0, chosen.x0])",
         OBJECTIVES,
     ),
     Mutation(
@@ -94,15 +97,15 @@ MUTATIONS = (
     Mutation(
         "noise not shared in a pair",
         "diffalign/data/batch.py",
-        "torch.cat([self.noise, self.noise])",
-        "torch.cat([self.noise, self.noise.roll(1, 0)])",
+        "torch.cat([chosen.noise, rejected.noise])",
+        "torch.cat([chosen.noise, rejected.noise.roll(1, 0)])",
         OBJECTIVES,
     ),
     Mutation(
         "timestep not shared in a pair",
         "diffalign/data/batch.py",
-        "torch.cat([self.t, self.t])",
-        "torch.cat([self.t, self.t.roll(1, 0)])",
+        "t=torch.cat([chosen.t, rejected.t])",
+        "t=torch.cat([chosen.t, rejected.t.roll(1, 0)])",
         OBJECTIVES,
     ),
     Mutation(
@@ -178,8 +181,8 @@ MUTATIONS = (
     Mutation(
         "alpha lost in the kohya file",
         "diffalign/export.py",
-        "torch.tensor(adapters.scale(layer, name) * layer.r[name], dtype",
-        "torch.tensor(float(layer.r[name]), dtype",
+        "alpha = common * rank * len(paths)",
+        "alpha = float(rank * len(paths))",
         "tests/test_export.py",
     ),
     Mutation(
@@ -216,6 +219,69 @@ MUTATIONS = (
         "gates.require_marks(state[_MARKS])",
         "pass",
         GATES,
+    ),
+    Mutation(
+        "density of a transition summed over the latent",
+        "diffalign/sampling/trajectories.py",
+        "square().flatten(1).mean(1)",
+        "square().flatten(1).sum(1)",
+        TRAJECTORIES,
+    ),
+    Mutation(
+        "density of a transition without its one half",
+        "diffalign/sampling/trajectories.py",
+        "-missed / (2 * deviation.square())",
+        "-missed / deviation.square()",
+        TRAJECTORIES,
+    ),
+    Mutation(
+        "the sampler keeps too much of the predicted noise",
+        "diffalign/sampling/trajectories.py",
+        "(sigma_next.square() - deviation.square())",
+        "sigma_next.square()",
+        TRAJECTORIES,
+    ),
+    Mutation(
+        "best and worst trajectory exchanged",
+        "diffalign/sampling/rollouts.py",
+        "sides = [0, 1] if tie else [best, worst]",
+        "sides = [0, 1] if tie else [worst, best]",
+        ROLLOUTS,
+    ),
+    Mutation(
+        "best and worst sampled image exchanged",
+        "diffalign/sampling/rollouts.py",
+        "chosen=one.trajectory.clean[best]",
+        "chosen=one.trajectory.clean[worst]",
+        ROLLOUTS,
+    ),
+    Mutation(
+        "a transition scored one level late",
+        "diffalign/sampling/rollouts.py",
+        "x_next=latents[step + 1][sides]",
+        "x_next=latents[step][sides]",
+        ROLLOUTS,
+    ),
+    Mutation(
+        "guidance on the wrong side",
+        "diffalign/sampling/rollouts.py",
+        "without + scale * (with_prompt - without)",
+        "with_prompt + scale * (with_prompt - without)",
+        ROLLOUTS,
+    ),
+    Mutation(
+        "candidates go on with the best one",
+        "diffalign/sampling/rollouts.py",
+        "for n, pick in enumerate(picks)]]",
+        "for n, pick in enumerate(total.argmax(1).tolist())]]",
+        ROLLOUTS,
+    ),
+    Mutation(
+        "sampled forwards not counted",
+        "diffalign/sampling/rollouts.py",
+        "policy.forwards += len(x) * (1 if scale == 1 else 2)",
+        "policy.forwards += len(x)",
+        ROLLOUTS,
     ),
 )
 
