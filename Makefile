@@ -28,8 +28,9 @@ help:
 demo: $(RUN)
 	$(BIN)/diffalign demo $(ARGS)
 
+# Two processes, one thread and about 2 GB each; a file stays in one of them, for what its tests share. ARGS="-n 0" is one.
 test: $(DEV)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .
