@@ -4,10 +4,12 @@ Paper: "Divergence Minimization Preference Optimization for Diffusion Model Alig
 Code read: the implementation in AIDC-AI/Diffusion-SDPO:train.py; the paper was not.
 
 Loss, per pair: p log(p / q) + (1 - p) log((1 - p) / (1 - q)), p = sigma(z), q = clamp(1 - a, 1e-6, 1 - 1e-6), z as in
-Diffusion-DPO. It is EXO's link (arXiv 2402.00856) on denoising errors; a = 0, the default, clamps to 1e-6, so it starts at
-6.215, not at log 2, and is flat where z is very negative. Its minimum is 0 at p = q.
+Diffusion-DPO. It is EXO's link (arXiv 2402.00856) on denoising errors. With the launchers' a = 0.01 it starts at 1.614, not
+at log 2; it is flat where z is very negative, and its minimum, 0 at p = q, is at z = log((1 - a) / a) = 4.6. The script's
+own default is a = 0, which clamps to 1e-6 and starts at 6.215.
 
-Defaults: a 0, beta 2000 (SD1.5; SDXL 6000), from the launchers of that repository.
+Defaults: a 0.01 and beta 2000 (SD1.5; SDXL a 0.01 and 6000), from the launchers of that repository (sd15_dmpo.sh,
+sdxl_dmpo.sh).
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ class DMPO(Refusing, PairObjective):
     beta: 2000 on denoising errors (SD1.5 launcher; SDXL 6000).
 
     Attributes:
-        label_smoothing: a; 0 (official), which is taken as 1e-6: at 0 the loss is infinite.
+        label_smoothing: a; 0.01 (both launchers). 0, the script's own default, is taken as 1e-6: at 0 the loss is infinite.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.01
 
     name: ClassVar[str] = "dmpo"
     title: ClassVar[str] = "DMPO"

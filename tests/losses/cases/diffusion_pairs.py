@@ -262,6 +262,17 @@ def dmpo_formula(a, floor=1e-6):
     return formula
 
 
+def dmpo_at_2000(a):
+    """At the default beta: errors in units of 7 / 2000."""
+
+    def formula(batch, frozen):
+        scores, layout, _ = batch
+        larger = Scores.denoising(scores.error * 2000 / 7, -2 * scores.ref * 2000 / 7)
+        return dmpo_formula(a)((larger, layout, {}), frozen)
+
+    return formula
+
+
 def dmpo_is_zero_where_p_is_q(cls):
     best = math.log(0.9 / 0.1)
     error = torch.tensor([0.3, 0.3 + 2 * best / 7], dtype=torch.float64, requires_grad=True)
@@ -703,12 +714,21 @@ CASES = [
         objective=DMPO,
         make=lambda cls: cls(),
         batch=lambda seed: image_pairs(error_scores(8, seed, spread=1e-3), seed, soft=False),
-        formula=lambda batch, frozen: dmpo_formula(0.0)(
-            (Scores.denoising(batch[0].error * 2000 / 7, -2 * batch[0].ref * 2000 / 7), batch[1], {}), frozen
-        ),
+        formula=dmpo_at_2000(0.01),
+        start=Start(1.6145, [-2000 * 0.25 * math.log(99), 2000 * 0.25 * math.log(99)], image_start(), 2e-4),
+        identities=[equal_images_teach_nothing(lambda cls: cls(), 1.614463)],
+        mutations=[("label_smoothing: float = 0.01", "label_smoothing: float = 0.0"), ("2000.0}", "6000.0}")],
+        kinds=BOUND,
+    ),
+    Case(
+        name="dmpo without smoothing",
+        objective=DMPO,
+        make=lambda cls: cls(label_smoothing=0.0),
+        batch=lambda seed: image_pairs(error_scores(8, seed, spread=1e-3), seed, soft=False),
+        formula=dmpo_at_2000(0.0),
         start=Start(6.215, [-2000 * 0.25 * math.log(1e6 - 1), 2000 * 0.25 * math.log(1e6 - 1)], image_start(), 2e-4),
-        identities=[equal_images_teach_nothing(lambda cls: cls(), 6.214609)],
-        mutations=[("FLOOR = 1e-6", "FLOOR = 1e-5"), ("Kind.BOUND: 2000.0", "Kind.BOUND: 6000.0")],
+        identities=[equal_images_teach_nothing(lambda cls: cls(label_smoothing=0.0), 6.214609)],
+        mutations=[("FLOOR = 1e-6", "FLOOR = 1e-5")],
         kinds=BOUND,
     ),
     Case(
