@@ -238,7 +238,8 @@ class RolloutConfig:
         num_inference_steps: sampler steps of images.
         guidance_scale: of the sampler and, for trajectories, of the scores; 1 is none.
         eta: 0 samples deterministically (DDIM, Euler), 1 fully stochastically. null: 1 for trajectories, else 0.
-        shared_start: all images of a prompt start from the same noise (D3PO: true; PSO: false).
+        shared_start: all images of a prompt start from the same noise. null: as the objective was published (D3PO: true; PSO:
+            false).
         steps_per_sample: of every trajectory, how many of its steps are trained, drawn at random; null: all that have a
             density for trajectory objectives, and 1 for points on the way (Diffusion-DRO).
         first_step: the first sampler step that transition objectives train (SPO: 4 of 20).
@@ -260,7 +261,7 @@ class RolloutConfig:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     eta: float | None = None
-    shared_start: bool = True
+    shared_start: bool | None = None
     steps_per_sample: int | None = None
     first_step: int = 0
     reward_scale: float = 1.0
@@ -315,15 +316,18 @@ class DenoisingConfig:
             guidance trained); drawn once per sample and visit. The empty prompt is encoded, as in the published code;
             SDXL 1.0 itself samples with zeros instead.
         error_reduction: over the latent: "mean" as published, or "sum" (then beta must be smaller by the latent's size).
+        noise: whether both images of a pair (and all of a group) get one timestep and noise, "shared", or each its own,
+            "independent". null: as the objective was published.
         noising: how the noisy latent of an image is made: "forward" adds noise; "ddim_inversion" runs the policy's DDIM
             sampler backwards without guidance, and the target is the noise that the result implies (DDIM-InPO);
             "renoise_inversion" corrects every step of it (SmPO). null: as the objective was published.
-        inversion_steps: levels of the inversion's grid (InPO's code: 10; SmPO's code 5, its paper 9).
+        inversion_steps: levels of the inversion's grid (InPO's code: 10; SmPO's code: 5 for SD1.5, 10 for SDXL; its paper 9).
         inversion_noise: noise added after every step of the inversion, in units of the DDIM step's deviation (InPO's code:
             0.1, which its comment calls optional). Without any, the implied noise is the network's own and holds little
             that is not known to it.
         inversion_level: "exact" makes the last step land on the timestep; "grid" stops at the last level below it, as the
-            released code does.
+            released code does, and its noise is that of the sampler's step from the level above (the code: one noise per
+            image; here the pair's, or with `noise: independent` each image's).
         error_space: where errors are measured: "native" (what the network predicts, as published), "epsilon",
             "v_prediction", "sample" or "flow_prediction".
     """
@@ -334,6 +338,7 @@ class DenoisingConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     proportion_empty_prompts: float = 0.0
+    noise: Literal["shared", "independent"] | None = None
     noising: Literal["forward", "ddim_inversion", "renoise_inversion"] | None = None
     inversion_steps: int = 10
     inversion_noise: float = 0.0

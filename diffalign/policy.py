@@ -206,7 +206,12 @@ class Policy:
             part = {name: value[index] for name, value in conditioning.items()}
             moved = self._inverse_step(x[index], level[index], goal[index], part, renoise)
             if noise is not None:
-                deviation = self.denoising.inversion_noise * self._deviation(goal[index], level[index])
+                if exact:
+                    deviation = self._deviation(goal[index], level[index])
+                else:  # as released; its table ends before the last step's, which is taken at the end here
+                    above = (goal[index] + total // steps).clamp(max=total - 1)
+                    deviation = self._deviation(above, goal[index])
+                deviation = self.denoising.inversion_noise * deviation
                 fresh = noise[index].flatten(1).roll(number, 1).view_as(moved)
                 moved = moved + append_dims(deviation, moved) * fresh
             x[index] = moved

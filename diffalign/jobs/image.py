@@ -25,7 +25,7 @@ from diffalign.outputs import Outputs
 from diffalign.policy import Policy
 from diffalign.references import Reference
 from diffalign.sampling import Sampler
-from diffalign.sampling.rollouts import AnyBatch, ImageRollouts, StepBatch, kind_of, samples_images
+from diffalign.sampling.rollouts import AnyBatch, ImageRollouts, StepBatch, kind_of, noise_of, samples_images
 from diffalign.summary import objective_summary
 
 
@@ -69,7 +69,7 @@ class ImageJob(Job):
                 f"denoising.timestep_min: got {config.denoising.timestep_min}; the model has timesteps 0 to "
                 f"{self.family.schedule.num_timesteps - 1}"
             )
-        independent = self.objective.noise == "independent"
+        independent = noise_of(config) == "independent"
         dataset = PairMicroBatches(
             data,
             self.plan,

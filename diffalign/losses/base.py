@@ -174,6 +174,8 @@ class Objective(ABC):
             "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
             latents drawn from one latent.
+        shared_start: whether the trajectories of a prompt start from the same noise.
+        win_rates: whether it reads rewards as win rates among the samples of a prompt, which a rollout then makes of them.
     """
 
     name: ClassVar[str]
@@ -190,6 +192,8 @@ class Objective(ABC):
     noise: ClassVar[Literal["shared", "independent"]] = "shared"
     noising: ClassVar[Literal["forward", "ddim_inversion", "renoise_inversion"]] = "forward"
     source: ClassVar[Source] = "data"
+    shared_start: ClassVar[bool] = True
+    win_rates: ClassVar[bool] = False
 
     def check(self, kind: Kind) -> None:
         """Refuse a kind of score on which this objective, with these settings, means nothing.

@@ -37,6 +37,7 @@ from diffalign.data.loader import BatchPlan, PairMicroBatches, draw
 from diffalign.errors import ConfigError
 from diffalign.families import DECODER, Conditioning, DenoisingFamily
 from diffalign.losses import Groups, Items, Kind, Layout, Lists, Objective, Pairs, Scores
+from diffalign.losses.diffusion.capo import calibrated_rewards, frontiers
 from diffalign.policy import Policy
 from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
@@ -88,6 +89,11 @@ def samples_images(config: RunConfig) -> bool:
     """Whether an image run trains on images that it samples."""
     objective: Objective = config.objective
     return objective.source != "data" or bool(config.rollout.rewards)
+
+
+def noise_of(config: RunConfig) -> str:
+    """Whether the images of a pair or group share their timestep and noise."""
+    return config.denoising.noise or str(config.objective.noise)
 
 
 def kind_of(objective: Objective) -> Kind:
@@ -175,6 +181,7 @@ class ImageRollouts:
         self.objective: Objective = config.objective
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
+        self.independent = noise_of(config) == "independent"
         source = self.objective.source
         self.eta = self.rollout.eta if self.rollout.eta is not None else float(source in TRANSITIONS)
         self.grid = self._grid()
@@ -243,12 +250,22 @@ class ImageRollouts:
     def conditioning(self, prompts: Sequence[int]) -> Conditioning:
         """Text and image conditioning of prompts by number, on the CPU, with a batch axis."""
         text = {name: torch.cat([self.encoded[i][name] for i in prompts]) for name in self.encoded[0]}
-        return text | {name: v.expand(len(prompts), *v.shape) for name, v in self.image.items()}
+        return text | self._images(len(prompts))
+
+    def _images(self, count: int) -> Conditioning:
+        return {name: value.expand(count, *value.shape) for name, value in self.image.items()}
 
     def _noise(self, name: str, number: int) -> Tensor:
         return torch.randn(self.latent_shape, generator=generator_for(self.config.seed, name, number))
 
-    def sample(self, chosen: Sequence[int], names: Sequence[str], count: int, number: int) -> list[Sampled]:
+    def sample(
+        self,
+        chosen: Sequence[int],
+        names: Sequence[str],
+        count: int,
+        number: int,
+        texts: Sequence[Conditioning] | None = None,
+    ) -> list[Sampled]:
         """`count` images of each prompt, in batches of the sampler's size.
 
         Args:
@@ -256,21 +273,27 @@ class ImageRollouts:
             names: a text per prompt that seeds its noise.
             count: images per prompt.
             number: of the round.
+            texts: conditioning of each, without a batch axis; None: that of the prompts.
         """
         size = max(1, self.config.sampling.batch_size // count)
         found: list[Sampled] = []
+        texts = [self._text(i) for i in chosen] if texts is None else texts
         with self._sampler():
             for start in range(0, len(chosen), size):
-                part, labels = chosen[start : start + size], names[start : start + size]
-                found += self._sample(part, labels, count, number)
+                part = slice(start, start + size)
+                found += self._sample(chosen[part], names[part], count, number, texts[part])
         return found
 
-    def _sample(self, chosen: Sequence[int], names: Sequence[str], count: int, number: int) -> list[Sampled]:
+    def _sample(
+        self, chosen: Sequence[int], names: Sequence[str], count: int, number: int, texts: Sequence[Conditioning]
+    ) -> list[Sampled]:
         device = self.accelerator.device
         rows = [(i, k) for i in range(len(chosen)) for k in range(count)]
-        shared = self.rollout.shared_start and self.objective.source == "trajectories"
+        shared = self.objective.shared_start if self.rollout.shared_start is None else self.rollout.shared_start
+        shared = shared and self.objective.source == "trajectories"
         noise = torch.stack([self._noise(f"{names[i]}/{0 if shared else k}", number) for i, k in rows]).to(device)
-        predict = self.predict(self.conditioning([chosen[i] for i, _ in rows]))
+        text = {name: torch.stack([texts[i][name] for i, _ in rows]) for name in texts[0]}
+        predict = self.predict(text | self._images(len(rows)))
 
         def steps(step: int) -> Tensor:
             return torch.stack([self._noise(f"{names[i]}/{k}/{step}", number) for i, k in rows])
@@ -358,15 +381,16 @@ class ImageRollouts:
 
     def _pair(self, one: Sampled, number: int) -> PairExample:
         """The best against the worst; without contrast with weight 0, so that batches keep their size."""
-        best, worst = int(one.reward.argmax()), int(one.reward.argmin())
-        tie = bool(one.reward[best] == one.reward[worst])
+        reward, given = one.reward, one.rewards
+        best, worst = int(reward.argmax()), int(reward.argmin())
+        tie = bool(reward[best] == reward[worst])
+        if self.objective.win_rates and not tie:
+            given = calibrated_rewards(given, torch.zeros(len(given), dtype=torch.int64))
+            best, worst = self._from_frontiers(given, best, worst, one.id, number)
         best, worst = (0, 1) if tie else (best, worst)
-        t, noise = self._draw(one.id, number)
-        more: dict[str, Any] = {}
-        if self.objective.noise == "independent":
-            more["rejected_t"], more["rejected_noise"] = self._draw(f"{one.id} rejected", number)
+        name = f"{one.id}/{number}"
         return PairExample(
-            id=f"{one.id}/{number}",
+            id=name,
             chosen=one.trajectory.clean[best],
             rejected=one.trajectory.clean[worst],
             text=self._text(one.prompt),
@@ -374,23 +398,45 @@ class ImageRollouts:
             rejected_image=dict(self.image),
             p=0.5 if tie else 1.0,
             weight=0.0 if tie else 1.0,
-            t=t,
-            noise=noise,
-            chosen_reward=one.rewards[best],
-            rejected_reward=one.rewards[worst],
-            **more,
+            chosen_reward=given[best],
+            rejected_reward=given[worst],
+            **self._pair_noise(name, number),
         )
+
+    def _pair_noise(self, name: str, number: int) -> dict[str, Any]:
+        """Timestep and noise of a pair by its id, or of both of its images."""
+        t, noise = self._draw(name, number)
+        if not self.independent:
+            return {"t": t, "noise": noise}
+        rejected_t, rejected_noise = self._draw(f"{name} rejected", number)
+        return {"t": t, "noise": noise, "rejected_t": rejected_t, "rejected_noise": rejected_noise}
+
+    def _from_frontiers(self, given: Tensor, best: int, worst: int, name: str, number: int) -> tuple[int, int]:
+        """One image of the upper Pareto frontier and one of the lower, those in both left out; else best and worst."""
+        upper, lower = frontiers(given, torch.zeros(len(given), dtype=torch.int64))
+        above, below = (upper & ~lower).nonzero()[:, 0], (lower & ~upper).nonzero()[:, 0]
+        if not len(above) or not len(below):
+            return best, worst
+        generator = generator_for(self.config.seed, f"{name} frontier", number)
+        pick = [int(side[torch.randint(len(side), (), generator=generator)]) for side in (above, below)]
+        return pick[0], pick[1]
 
     def _rows(self, one: Sampled, picked: Sequence[int], number: int) -> Rows:
         """Sampled images with noise of their own, unless the objective shares it."""
-        own = self.objective.noise == "independent" or "groups" not in self.objective.needs.layout
-        drawn = [self._draw(f"{one.id}/{k if own else 0}", number) for k in picked]
+        t, noise = self._rows_noise([f"{one.id}/{k}" for k in picked], number)
         return Rows(
             x0=one.trajectory.clean[list(picked)],
-            noise=torch.stack([noise for _, noise in drawn]),
-            t=torch.tensor([t for t, _ in drawn]),
+            noise=noise,
+            t=t,
             conditioning=self.conditioning([one.prompt] * len(picked)),
         )
+
+    def _rows_noise(self, names: Sequence[str], number: int, again: str = "") -> tuple[Tensor, Tensor]:
+        """Timesteps and noise of rows by their ids, which end in the number within the group."""
+        if not self.independent and "groups" in self.objective.needs.layout:
+            names = [f"{name.rpartition('/')[0]}/0" for name in names]
+        drawn = [self._draw(name + again, number) for name in names]
+        return torch.tensor([t for t, _ in drawn]), torch.stack([noise for _, noise in drawn])
 
     def _group(self, one: Sampled, number: int) -> RowBatch:
         count = len(one.reward)
@@ -409,7 +455,7 @@ class ImageRollouts:
             uniform = torch.rand(one.reward.shape, generator=generator).clamp(min=1e-20)
             pick = int((one.reward / self.rollout.select_temperature - (-uniform.log()).log()).argmax())
         items = Items(index=torch.zeros(1, dtype=torch.int64), label=torch.ones(1), target=one.reward[pick : pick + 1])
-        return RowBatch(ids=(one.id,), content=self._rows(one, [pick], number), layout=Layout(items=items))
+        return RowBatch(ids=(f"{one.id}/{pick}",), content=self._rows(one, [pick], number), layout=Layout(items=items))
 
     def _items(self, one: Sampled, number: int) -> RowBatch:
         """All images: desirable above the group's mean."""
@@ -457,7 +503,8 @@ class ImageRollouts:
         examples = [self.winners.example(self.kept[place], visit) for place, visit in mine]
         where = {prompt: i for i, prompt in enumerate(self.prompts)}
         prompts = [where[self.winners.data.pair(self.kept[place]).prompt] for place, _ in mine]
-        made = self.sample(prompts, names, 1, number)
+        # A winner whose prompt was dropped is compared with a sample without a prompt.
+        made = self.sample(prompts, names, 1, number, [example.text for example in examples])
         if self.objective.source == "generated":
             pairs = []
             for example, one in zip(examples, made, strict=True):
@@ -482,7 +529,6 @@ class ImageRollouts:
                     replace(
                         example,
                         id=f"{example.id}/{repeat}",
-                        text=self._text(one.prompt),
                         t=int(self.grid.timesteps[step]),
                         noise=fresh,
                         rejected=one.trajectory.clean[0],
@@ -512,7 +558,6 @@ class ImageRollouts:
                     x_next=latents[step + 1][sides],
                     rewards=one.rewards[sides],
                     p=0.5 if tie else 1.0,
-                    weight=0.0 if tie else 1.0,
                 )
                 for step in self._some(candidate_steps(self.config, self.grid, self.eta), one.id, number)
             ]
@@ -537,7 +582,10 @@ class ImageRollouts:
                 part, labels = chosen[start : start + size], names[start : start + size]
                 wanted = [set(self._some(steps, name, number)) for name in labels]
                 entries += self._branch(part, labels, wanted, count, number)
-        return self._shuffled(entries, number)
+        # Steps that are kept weigh alike, whatever micro-batch or process they come to: a round's mean weight is 1.
+        found = torch.tensor([sum(e.weight for e in entries), float(len(entries))], device=self.accelerator.device)
+        kept, every = self.accelerator.reduce(found, "sum").tolist()
+        return self._shuffled([replace(e, weight=e.weight * every / max(kept, 1.0)) for e in entries], number)
 
     def _branch(
         self, chosen: Sequence[int], names: Sequence[str], wanted: list[set[int]], count: int, number: int
@@ -597,14 +645,11 @@ class ImageRollouts:
         return convert(output, x, alpha, sigma, self.grid.prediction_type, "sample")
 
     def _transitions(self, entries: list[Transition]) -> StepBatch:
-        """Pairs of transitions, chosen rows first; weights of kept candidates are scaled to a mean of 1."""
-        weight = torch.tensor([e.weight for e in entries])
-        if self.objective.source == "candidates":
-            weight = weight * len(weight) / weight.sum().clamp(min=1)
+        """Pairs of transitions, chosen rows first."""
         pairs = Pairs.halves(
             len(entries),
             p=torch.tensor([e.p for e in entries]),
-            weight=weight,
+            weight=torch.tensor([e.weight for e in entries]),
             reward_w=torch.stack([e.rewards[0] for e in entries]),
             reward_l=torch.stack([e.rewards[1] for e in entries]),
         )
@@ -623,13 +668,20 @@ class ImageRollouts:
 
     def _again(self, batch: AnyBatch, number: int, iteration: int) -> AnyBatch:
         """The batch of a later pass over a round: images get fresh noise."""
-        if iteration == 0 or isinstance(batch, StepBatch) or self.from_data:
+        if iteration == 0 or isinstance(batch, StepBatch):
             return batch
-        drawn = [self._draw(f"{name} again {iteration}", number) for name in batch.ids]
-        t, noise = torch.tensor([t for t, _ in drawn]), torch.stack([noise for _, noise in drawn])
-        if isinstance(batch, PairBatch):
-            return replace(batch, t=t, noise=noise)
-        return replace(batch, content=replace(batch.content, t=t, noise=noise))
+        again = f" again {iteration}"
+        if isinstance(batch, RowBatch):
+            t, noise = self._rows_noise(batch.ids, number, again)
+            return replace(batch, content=replace(batch.content, t=t, noise=noise))
+        drawn = [self._pair_noise(name + again, number) for name in batch.ids]
+        fresh: dict[str, Tensor] = {"noise": torch.stack([one["noise"] for one in drawn])}
+        if batch.rejected_x_t is None:  # points on the policy's way lie at a timestep, which its winner shares
+            fresh["t"] = torch.tensor([one["t"] for one in drawn])
+            if self.independent:
+                fresh["rejected_t"] = torch.tensor([one["rejected_t"] for one in drawn])
+                fresh["rejected_noise"] = torch.stack([one["rejected_noise"] for one in drawn])
+        return replace(batch, **fresh)
 
     def scores(self, batch: StepBatch) -> tuple[Scores, Layout]:
         """Mean log-densities of stored transitions under policy and reference, and the pairs.
@@ -732,6 +784,11 @@ def samples_per_process(config: RunConfig, grid: Grid, eta: float) -> int:
                 f"rollout.steps_per_sample: got {each}; {possible} of {len(grid)} sampler steps have a density (eta {eta})"
             )
     elif objective.source == "on_policy":
+        if rollout.guidance_scale != 1:
+            raise ConfigError(
+                f"rollout.guidance_scale: got {rollout.guidance_scale}; {objective.name!r} trains the prediction with the prompt "
+                "on targets that the sampler predicted, so it samples without guidance: take 1"
+            )
         each, what = rollout.steps_per_sample or 1, "rollout.steps_per_sample"
     elif "groups" in layout or ("items" in layout and objective.needs.labels != (1,) and "pairs" not in layout):
         each, what = rollout.samples_per_prompt, f"rollout.samples_per_prompt {rollout.samples_per_prompt}"

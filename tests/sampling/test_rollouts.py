@@ -121,7 +121,7 @@ def test_transitions_start_at_ratio_one_and_their_scores_are_densities(run: Any,
     assert set(batch.step.tolist()) <= {0, 1, 2}
     assert out.metrics["rewards/margins"].abs().max() == 0
     scores, _ = job.rollouts.scores(batch)
-    assert torch.equal(scores.theta.detach(), scores.ref) or job.policy.forwards
+    assert not torch.equal(scores.theta.detach(), scores.ref)  # two steps later
     # by hand, for the first row
     grid, eta = job.rollouts.grid, job.rollouts.eta
     assert eta == 1.0
@@ -190,10 +190,6 @@ def test_an_objective_on_chosen_images_learns_from_one_of_a_group(run: Any, seen
     assert len(batch) == 3
     torch.testing.assert_close(decoded_mean(job, batch.content.x0), items.target, rtol=1e-4, atol=1e-5)
     assert (items.label == 1).all()
-    # at this temperature both ways take the best of the same three
-    chosen = [index for index, _ in job.rollouts.plan.micro_batch(0)]
-    best = [float(one.reward.max()) for one in job.rollouts.sample(chosen, list(batch.ids), 3, 0)]
-    assert len(best) == 3
 
 
 def test_people_choose_in_proportion_to_the_exponential_of_the_reward(run: Any, seen: list[Any]) -> None:

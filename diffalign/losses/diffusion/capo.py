@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, detached, needs
-from diffalign.losses.diffusion._common import one_of
+from diffalign.losses.diffusion._common import Directed, label_direction, one_of
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.pairwise import pair_metrics
 from diffalign.losses.scores import Cap, Kind, Scores, lift
@@ -75,11 +75,12 @@ def frontiers(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaPO(BetaObjective):
+class CaPO(Directed, BetaObjective):
     """Calibrated preference optimisation (Lee et al. 2025, arXiv 2502.02588; no public training code).
 
     (R_w - R_l - beta (r_w - r_l))^2 with r = w_t (e_ref - e), w_t = sigma(b - log_snr). R, in `pairs.reward_w` and
-    `pairs.reward_l`, are win rates already (`capo.calibrated_rewards`); several columns are averaged. Where the target is
+    `pairs.reward_l`, are win rates already; several columns are averaged. A run with `rollout.rewards` makes them of its
+    samples (`capo.calibrated_rewards`) and draws pairs from the frontiers; stored rewards are taken as they are. Where the target is
     reached the pair stops, so nothing drives margins to infinity. The loss starts at the mean of (R_w - R_l)^2.
 
     Attributes:
@@ -96,6 +97,7 @@ class CaPO(BetaObjective):
     composition: ClassVar[str] = "w_t difference of errors -> beta (w - l) -> square at the calibrated margin"
     needs: ClassVar[Needs] = needs("pairs", caps=(Cap.DIFFERENCE, Cap.ERROR), log_snr=True)
     default_beta: ClassVar[Mapping[Kind, float]] = {}
+    win_rates: ClassVar[bool] = True
     status: ClassVar[Literal["stable", "experimental"]] = "experimental"
     unknown: ClassVar[str] = (
         "no training code is public; beta, the bias of the weight of timesteps, and whether a pair shares its noise"
@@ -113,6 +115,9 @@ class CaPO(BetaObjective):
                 "pairs.reward_w and pairs.reward_l are missing; capo fits the difference of calibrated rewards"
             )
         return (pairs.reward_w - pairs.reward_l).mean(1).detach()
+
+    def direction(self, scores: Scores, pairs: Pairs) -> Tensor:
+        return self.target(pairs).sign() * label_direction(pairs, scores.theta)
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         pairs, target = Layout.of(layout).need_pairs(), self.target(Layout.of(layout).need_pairs())

@@ -59,6 +59,7 @@ class PSO(ClippedPair):
     composition: ClassVar[str] = "log-ratio of a distilled transition, clipped -> beta (w - l) -> logistic"
     parity: ClassVar[str] = "ZichenMiao/Pairwise_Sample_Optimization train_online_pso_sdxl_turbo.py (formula)"
     default_beta: ClassVar[Mapping[Kind, float]] = {Kind.STEP: 50.0}
+    shared_start: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
