@@ -14,7 +14,9 @@ from torch import Tensor
 from diffalign.health import BinAccumulator
 from diffalign.losses import LossOut
 
-BINNED = ("implicit_acc", "rewards/margins")
+DELTAS = {f"error_{side}_delta": f"error/{side}" for side in ("chosen", "rejected")}
+# By timestep, whatever an objective reports of them: processes must agree on what they add up.
+BINNED = ("implicit_acc", "rewards/margins", *DELTAS, "loss")
 
 
 class StepMetrics:
@@ -28,28 +30,31 @@ class StepMetrics:
     def __init__(self, accelerator: Accelerator, num_timesteps: int | None) -> None:
         self.accelerator, self.num_timesteps = accelerator, num_timesteps
         self._values: dict[str, list[Tensor]] = {}
-        self._bins: BinAccumulator | None = None
+        self._bins: dict[str, BinAccumulator] = {}
 
     def add(self, out: LossOut, t: Tensor | None = None) -> None:
-        """Take in one micro-batch; `t` are the timesteps of its items, (M,)."""
+        """Take in one micro-batch; `t` are the timesteps of its items, (M,), None where items have no one timestep."""
         values = {"loss": out.per_item.detach(), **out.metrics}
         if "rewards/margins" in values:
             values["logits/square"] = values["rewards/margins"].square()
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach().double())
-        if t is not None and self.num_timesteps is not None:
+        if self.num_timesteps is None:
+            return
+        for name in BINNED:  # all of them, though nothing may be added
+            if name not in self._bins:
+                self._bins[name] = BinAccumulator([name], self.num_timesteps, device=out.per_item.device)
+        if t is not None:
             self._add_bins(values, t)
 
     def _add_bins(self, values: dict[str, Tensor], t: Tensor) -> None:
-        assert self.num_timesteps is not None, "tested by the caller"
         binned = {name: values[name] for name in BINNED if name in values}
-        for side in ("chosen", "rejected"):
-            if f"error/{side}_ref" in values:
-                binned[f"error_{side}_delta"] = values[f"error/{side}"] - values[f"error/{side}_ref"]
-        binned = {k: v for k, v in binned.items() if len(v) == len(t)} or {"loss": values["loss"]}
-        if self._bins is None:
-            self._bins = BinAccumulator(list(binned), self.num_timesteps, device=t.device)
-        self._bins.add(t, binned)
+        for name, error in DELTAS.items():
+            if f"{error}_ref" in values:
+                binned[name] = values[error] - values[f"{error}_ref"]
+        for name, value in binned.items():
+            if len(value) == len(t):
+                self._bins[name].add(t, {name: value})
 
     def reduce(self) -> dict[str, float]:
         """Means over everything added on every process; empties the collection."""
@@ -57,8 +62,8 @@ class StepMetrics:
         joined = [torch.cat(self._values[name]) for name in names]
         sums = torch.stack([value.sum() for value in joined])
         counts = torch.tensor([len(value) for value in joined], dtype=sums.dtype, device=sums.device)
-        bins = sums.new_zeros(0) if self._bins is None else self._bins.sums.to(sums).flatten()
-        packed = self.accelerator.reduce(torch.cat([sums, counts, bins]), reduction="sum")
+        bins = [accumulator.sums.to(sums).flatten() for accumulator in self._bins.values()]
+        packed = self.accelerator.reduce(torch.cat([sums, counts, *bins]), reduction="sum")
         totals = dict(zip(names, packed[len(names) : 2 * len(names)].tolist(), strict=True))
         row = {
             name: value / totals[name]
@@ -69,11 +74,22 @@ class StepMetrics:
             row["logits/std"] = max(0.0, row.pop("logits/square") - row["rewards/margins"] ** 2) ** 0.5
         if row.get("weight") == 1.0:  # of data without weights: nothing to tell
             del row["weight"]
-        if self._bins is not None:
-            self._bins.sums = packed[2 * len(names) :].view_as(self._bins.sums).to(self._bins.sums)
-            row |= self._bins.by_bin()
+        row |= self._by_bin(packed[2 * len(names) :])
         row["count"] = totals["loss"]
-        self._values, self._bins = {}, None
+        self._values, self._bins = {}, {}
+        return row
+
+    def _by_bin(self, packed: Tensor) -> dict[str, float]:
+        """Means by timestep; of the loss only where nothing says more."""
+        row: dict[str, float] = {}
+        if not self._bins:
+            return row
+        for part, accumulator in zip(packed.chunk(len(self._bins)), self._bins.values(), strict=True):
+            accumulator.sums = part.view_as(accumulator.sums).to(accumulator.sums)
+            found = accumulator.by_bin()
+            if accumulator.names == ("loss",) and row:
+                found = {name: value for name, value in found.items() if name.endswith("/count")}
+            row |= found
         return row
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.losses import LossOut
+from diffalign.jobs.image import times_of
+from diffalign.losses import Groups, Items, Layout, LossOut, Pairs
 from diffalign.metrics import MetricsFile, StepMetrics, read_rows
 
 
@@ -79,6 +80,55 @@ def test_a_step_starts_empty() -> None:
         metrics.add(LossOut(torch.tensor([value]), {}), torch.tensor([5]))
         row = metrics.reduce()
         assert (row["loss"], row["count"], row["t0/loss"]) == (value, 1, value)
+
+
+class SeveralProcesses:
+    """Adds up what several processes hold, as a collective would: all must bring as many numbers."""
+
+    def __init__(self) -> None:
+        self.brought: list[Tensor] = []
+
+    def reduce(self, value: Tensor, reduction: str) -> Tensor:
+        assert reduction == "sum"
+        self.brought.append(value)
+        return torch.stack(self.brought).sum(0)
+
+
+def test_processes_add_up_as_many_numbers_whatever_their_losses_belong_to() -> None:
+    """A rejection sampler keeps another number of images on every process, and only some of these have timesteps."""
+    accelerator = SeveralProcesses()
+    kept = {2: torch.tensor([1, 600]), 3: None, 1: torch.tensor([999])}
+    for count, t in kept.items():
+        metrics = StepMetrics(accelerator, 1000)  # type: ignore[arg-type]
+        metrics.add(LossOut(torch.full((count,), float(count)), {"kept": torch.ones(count)}), t)
+        row = metrics.reduce()
+    assert row["count"] == 6
+    assert row["loss"] == pytest.approx((4 + 9 + 1) / 6)
+    assert {name: value for name, value in row.items() if name.startswith("t")} == {
+        "t0/loss": 2,
+        "t0/count": 1,
+        "t2/loss": 2,
+        "t2/count": 1,
+        "t3/loss": 1,
+        "t3/count": 1,
+    }
+
+
+def test_timesteps_come_from_what_the_losses_belong_to() -> None:
+    t = torch.tensor([1, 2, 3, 4])
+    items = Layout(items=Items(index=torch.tensor([3, 0])))
+    groups = Layout(groups=Groups(index=torch.arange(4), group=torch.tensor([0, 0, 1, 1]), reward=torch.ones(4)))
+    pairs = Layout(pairs=Pairs(w=torch.tensor([2, 3]), l=torch.tensor([0, 1])))
+    for layout, count, times in (
+        (pairs, 2, [3, 4]),
+        (pairs, 4, None),
+        (items, 2, [4, 1]),
+        (groups, 4, [1, 2, 3, 4]),
+        (groups, 2, None),  # half of them accepted
+        (Layout(), 4, None),
+    ):
+        found = times_of(layout, t, count)
+        assert (None if found is None else found.tolist()) == times
 
 
 def write(path: Path, steps: list[int], resume_step: int = 0) -> None:

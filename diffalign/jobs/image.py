@@ -170,11 +170,12 @@ class ImageJob(Job):
         return out
 
     def record(self, metrics: StepMetrics, batch: AnyBatch, out: LossOut) -> None:
-        # One time per value, or the two of a pair one after the other; groups have none of their own.
-        times = next((t for t in (batch.t, batch.t[: len(batch.t) // 2]) if len(t) == len(out.per_item)), None)
-        if times is None and len(out.per_item) == 2 * len(batch.t):
-            times = torch.cat([batch.t, batch.t])
-        metrics.add(out, times)
+        if isinstance(batch, StepBatch):
+            t, layout = batch.t, batch.layout
+        else:
+            rows, layout = batch.rows(self.objective.needs)
+            t = rows.t
+        metrics.add(out, times_of(layout, t, len(out.per_item)))
 
     def initial_loss(self) -> float | None:
         if self.config.lora.experts:  # a mixture of experts is not the base, however fresh its gates are
@@ -214,6 +215,24 @@ class ImageJob(Job):
         if self.rollouts is not None:
             self.rollouts.load_state_dict(state.get("rollouts", {}))
         self.forwards_before = int(state.get("image_forwards", 0))
+
+
+def times_of(layout: Layout, t: Tensor, count: int) -> Tensor | None:
+    """Timesteps of `count` losses: those of the pairs' chosen rows, or of the rows of items or of groups.
+
+    None where the losses are not one for each of them, so that nobody could say whose timesteps they have.
+
+    Args:
+        layout: of the batch.
+        t: timesteps of its rows, (N,).
+        count: number of losses.
+    """
+    if layout.pairs is not None and len(layout.pairs) == count:
+        return t[layout.pairs.w]
+    for part in (layout.items, layout.groups):
+        if part is not None and len(part) == count:
+            return t[part.index]
+    return None
 
 
 def rewards_of(layout: Layout) -> Tensor | None:
