@@ -74,6 +74,11 @@ def tensor(*values):
         (lambda: SDPO(settings={"label_smooth": 0.1}), "no setting 'label_smooth'"),
         (lambda: SDPO(settings={"beta": 3.0}), "own beta"),
         (lambda: SDPO(base="dro", beta=3.0), "dro has no beta"),
+        (lambda: SDPO(base="subject_rpo"), "noise of their own; expected one with shared noise"),
+        (
+            lambda: SDPO(base="mixed", settings={"losses": ("smpo",), "weights": (1.0,)}),
+            "may disagree on which image loses",
+        ),
         (lambda: DiffusionDRO(margin=0.0), "margin is 0"),
         (lambda: DiffusionDRO(form="softplus"), "form is 'softplus'"),
         (lambda: SubjectRPO(imitation_weight=-1.0), "imitation_weight is -1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.losses.base import IncompatibleObjective, Objective
+from diffalign.losses.base import IncompatibleObjective, Objective, as_rows
 from diffalign.losses.layouts import Pairs
 from diffalign.losses.scores import Kind, Scores
 
@@ -28,6 +29,20 @@ class Refusing(Objective):
         if kind in self.refused:
             raise IncompatibleObjective(self.name, kind, self.refused[kind], self.instead)
         super().check(kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directed(Objective):
+    """Base of objectives on pairs in which the label alone does not say which image is pushed away."""
+
+    @abstractmethod
+    def direction(self, scores: Scores, pairs: Pairs) -> Tensor:
+        """1 where row l is pushed away, -1 where row w is, 0 where neither is; (P,), without gradient."""
+
+
+def label_direction(pairs: Pairs, like: Tensor) -> Tensor:
+    """`Directed.direction` of a label: 1 where it prefers w, -1 where it prefers l, 0 of a tie; (P,), of `like`'s type."""
+    return (2 * as_rows(pairs.p, like) - 1).sign().expand(len(pairs))
 
 
 def either_way(pairs: Pairs, loss: Callable[[Tensor, Tensor, Tensor | float], Tensor]) -> Tensor:

@@ -10,8 +10,12 @@ pass. To first order, a step then lowers the winners' error by at least mu of wh
 for pairs of equal slope).
 
 *One* number per micro-batch, so it depends on how a step is split; `scope: pair` makes one per pair, which does not (ours).
-Winner and loser are paired element by element through their shared noise. lam = 1 is the method inside; equal residuals give
-lam = 1 - mu, orthogonal ones 1.
+Winner and loser are paired element by element through their shared noise, so a method that draws noise for each image is
+refused. lam = 1 is the method inside; equal residuals give lam = 1 - mu, orthogonal ones 1.
+
+The code has hard labels. Here the loser is the image that the label finds worse (ours): row l where p > 1/2, row w where p <
+1/2 or a method turns the pair round itself (`smpo`, `capo` by their rewards). Where neither is pushed away (ties; `seppo`
+with s = -1, two winners) nothing is damped, and the pair does not enter lam.
 
 Defaults: mu 0.9 (launchers, SD1.5 with DPO and DMPO; 0.6 SDXL, 0.2 SD1.5 with DSPO), beta that of the method inside
 (launchers: 5000 DPO; 2000 and 6000 DMPO; 0.001 and 5000 DSPO).
@@ -29,8 +33,8 @@ from torch import Tensor
 
 from diffalign import losses as core
 from diffalign.losses.base import AnyLayout, BetaObjective, Estimator, LossOut, Needs, Objective, detached, needs
-from diffalign.losses.composite import adopt, build
-from diffalign.losses.diffusion._common import one_of, take
+from diffalign.losses.composite import Mixed, adopt, build
+from diffalign.losses.diffusion._common import Directed, label_direction, one_of, take
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.scores import Cap, Kind, Scores
 
@@ -58,11 +62,12 @@ class SDPO(BetaObjective):
 
     Any pair loss on denoising errors, with the losers' gradient multiplied by lam so that pushing losers away does not drag
     winners along; the loss's value is that of the base. DPO raises both errors while its accuracy improves (likelihood
-    displacement); this is the remedy. Noising and the source of rows are the base's.
+    displacement); this is the remedy. Noising and the source of rows are the base's. The loser is the row that the label
+    finds worse: w where p < 1/2 or where the base reads rewards that say so; where no row is pushed away nothing is scaled.
 
     Attributes:
         beta: of the base; None takes the base's default.
-        base: name of an objective that reads pairs alone; dpo, dmpo and dspo are published.
+        base: name of an objective that reads pairs alone, at one noise for both images; dpo, dmpo and dspo are published.
         settings: of the base, by name.
         mu: in [0, 1]; larger protects winners more. 0.9 (launchers for SD1.5 with dpo and dmpo; 0.6 SDXL, 0.2 SD1.5 with
             dspo).
@@ -89,6 +94,15 @@ class SDPO(BetaObjective):
             raise ValueError(f"mu is {self.mu}; expected 0 <= mu <= 1")
         if "beta" in self.settings:
             raise ValueError("settings hold a beta; set the objective's own beta")
+        if self.inner.noise == "independent":
+            raise ValueError(
+                f"base is {self.base!r}, whose two images have noise of their own; expected one with shared noise, through "
+                "which sdpo pairs their errors element by element"
+            )
+        if isinstance(self.inner, Mixed) and any(isinstance(part, Directed) for part in self.inner.parts.values()):
+            raise ValueError(
+                f"base is 'mixed' of {', '.join(self.inner.losses)}, which may disagree on which image loses"
+            )
         adopt(self, [self.inner])
 
     @cached_property
@@ -124,10 +138,18 @@ class SDPO(BetaObjective):
     def summary(self) -> dict[str, float | str]:
         return self.inner.summary() | super().summary()
 
+    def direction(self, scores: Scores, pairs: Pairs) -> Tensor:
+        """1 where row l is the loser, -1 where row w is, 0 where neither is, (P,)."""
+        inner = self.inner
+        return inner.direction(scores, pairs) if isinstance(inner, Directed) else label_direction(pairs, scores.theta)
+
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         layout = Layout.of(layout)
         pairs, residual = layout.need_pairs(), scores.need_residual()
-        lam = safeguard(residual[pairs.w], residual[pairs.l], self.mu, self.scope)
+        direction = self.direction(scores, pairs)
+        ahead, decided = direction > 0, direction != 0
+        winners, losers = (torch.where(ahead, *sides)[decided] for sides in ((pairs.w, pairs.l), (pairs.l, pairs.w)))
+        lam = safeguard(residual[winners], residual[losers], self.mu, self.scope)
         # Rows of their own for every side of every pair, since a row may win one pair and lose another; then all rows again.
         count, others = len(pairs), layout.items is not None
         everything = torch.arange(len(scores), device=pairs.w.device)
@@ -137,7 +159,7 @@ class SDPO(BetaObjective):
         if layout.items is not None:
             moved = replace(moved, items=replace(layout.items, index=layout.items.index + 2 * count))
         share = torch.ones(len(rows), dtype=scores.theta.dtype, device=scores.theta.device)
-        share[count : 2 * count] = lam
+        share[torch.where(ahead, own.l, own.w)[decided]] = lam
         out = self.inner(_scaled(take(scores, rows), share), moved, stats)
         return LossOut(out.per_item, out.metrics | detached(loser_gradient=lam.reshape(-1)))
 

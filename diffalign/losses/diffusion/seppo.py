@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from diffalign.losses.base import AnyLayout, LossOut, Needs, Source, detached, needs
-from diffalign.losses.diffusion._common import one_of
+from diffalign.losses.diffusion._common import Directed, label_direction, one_of
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.pairwise import LogisticPair
 from diffalign.losses.scores import Cap, Kind, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class SePPO(LogisticPair):
+class SePPO(Directed, LogisticPair):
     """SePPO (Zhang et al. 2024, arXiv 2410.05255; no public training code).
 
     -log sigma(beta (rho_w - s rho_r)): w is a winner from the data, r an image that the reference generated for its prompt.
@@ -84,6 +84,10 @@ class SePPO(LogisticPair):
         if self.on_zero == "keep":
             s = torch.where(s == 0, torch.ones_like(s), s)
         return s.clamp(min=0) if self.flip == "indicator" else s
+
+    def direction(self, scores: Scores, pairs: Pairs) -> Tensor:
+        rho_w = scores.log_ratio()[pairs.w]
+        return self.anchor(rho_w).clamp(min=0) * label_direction(pairs, rho_w)
 
     def sides(self, scores: Scores, pairs: Pairs) -> tuple[Tensor, Tensor]:
         rho = scores.log_ratio()

@@ -31,14 +31,14 @@ from torch import Tensor
 
 from diffalign.losses import links
 from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, as_rows, detached, needs
-from diffalign.losses.diffusion._common import one_of, positive
+from diffalign.losses.diffusion._common import Directed, one_of, positive
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.pairwise import pair_metrics
 from diffalign.losses.scores import Cap, Kind, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmPO(BetaObjective):
+class SmPO(Directed, BetaObjective):
     """SmPO-Diffusion (Lu et al. 2025, arXiv 2506.02698; official code JaydenLyh/SmPO:train.py).
 
     -log sigma(gamma (2 p - 1) z), z as in `dpo` at latents of ReNoise inversion: pairs that a reward model finds equal teach
@@ -91,6 +91,9 @@ class SmPO(BetaObjective):
             raise ValueError(f"got {pairs.reward_w.shape[1]} rewards per image; smpo reads one")
         gap = (pairs.reward_w - pairs.reward_l)[:, 0].detach().to(like) / (self.reward_high - self.reward_low)
         return self.gamma * (gap / 2).tanh()
+
+    def direction(self, scores: Scores, pairs: Pairs) -> Tensor:
+        return self.factor(pairs, scores.theta).sign().expand(len(pairs))
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         pairs = Layout.of(layout).need_pairs()

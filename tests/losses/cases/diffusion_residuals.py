@@ -1,6 +1,7 @@
 """Cases of `diffalign.losses.diffusion` on prediction errors element by element: DSPO, SDPO, PatchDPO."""
 
 import math
+from dataclasses import replace
 
 import torch
 from loss_cases import Case, Start, image_pairs, residual_scores
@@ -20,14 +21,14 @@ def batch(seed, **more):
     return image_pairs(residual_scores(8, seed), seed, **more)
 
 
-def start(near=0.0):
+def start(near=0.0, **more):
     """One pair at policy == reference; `near` makes the loser's residual differ from the winner's."""
 
     def make():
         r = torch.tensor([[0.4, -0.2, 0.6, 0.2], [0.4, -0.2, 0.6, 0.2]], dtype=torch.float64)
         r[1] = r[1] + near * torch.tensor([0.2, 0.6, 0.4, -0.4])
         r = r.view(2, 2, 1, 2).requires_grad_()
-        return Scores.residuals(r, r.detach().clone()), Layout(pairs=Pairs.halves(1)), {}
+        return Scores.residuals(r, r.detach().clone()), Layout(pairs=Pairs.halves(1, **more)), {}
 
     return make
 
@@ -124,10 +125,14 @@ def the_link_has_half_of_dpos_slope(cls):
 # -- sdpo ------------------------------------------------------------------------------------------------------------
 
 
-def lam_of(batch, mu, scope):
+def lam_of(batch, mu, scope, p=1.0):
+    """What the gradient of each pair's loser is multiplied by: of row l where p > 1/2, of row w where it is less."""
     scores, layout, _ = batch
     w, l = scores.residual[layout.pairs.w], scores.residual[layout.pairs.l]
-    own, cross = (w * w).sum((1, 2, 3)), (w * l).sum((1, 2, 3))
+    p = torch.as_tensor(p, dtype=w.dtype).expand(4)
+    better = torch.where(p[:, None, None, None] > 0.5, w, l)
+    decided = (p != 0.5).double()
+    own, cross = decided * (better**2).sum((1, 2, 3)), decided * (w * l).sum((1, 2, 3))
     if scope == "batch":
         own, cross = own.sum().expand(4), cross.sum().expand(4)
     lam = torch.where(cross > 0, torch.clamp((1 - mu) * own / cross, 0, 1), torch.ones_like(cross))
@@ -139,9 +144,13 @@ def sdpo_formula(mu, scope):
         scores, layout, _ = batch
         pairs = layout.pairs
         e, still, ref = mse(scores.residual), mse(frozen[0].residual), mse(scores.ref_residual)
-        lam = lam_of(frozen, mu, scope)
-        loser = still[pairs.l] + lam * (e[pairs.l] - still[pairs.l])
-        z = -2.0 * ((e - ref)[pairs.w] - (loser - ref[pairs.l])) - pairs.margin
+        lam, one = lam_of(frozen, mu, scope, pairs.p), torch.ones(4, dtype=torch.float64)
+
+        def scaled(rows, lam):
+            return still[rows] + lam * (e[rows] - still[rows]) - ref[rows]
+
+        w, l = scaled(pairs.w, lam.where(pairs.p < 0.5, one)), scaled(pairs.l, lam.where(pairs.p > 0.5, one))
+        z = -2.0 * (w - l) - pairs.margin
         return pairs.weight * (pairs.p * softplus(-z) + (1 - pairs.p) * softplus(z))
 
     return formula
@@ -213,6 +222,60 @@ def a_row_may_win_one_pair_and_lose_another(cls):
         objective(apart, Pairs(w=torch.tensor([0, 2]), l=torch.tensor([1, 3]))).loss, scores.residual
     )[0]
     close(mine, other)
+
+
+def either_label_batch(seed):
+    """Labels for either image, and a tie; where lam acts in either scope."""
+    scores, layout, stats = batch(seed)
+    pairs = replace(layout.pairs, p=torch.tensor([0.1, 0.5, 0.9, 0.0], dtype=torch.float64))
+    near = scores.residual.detach().clone()
+    near[pairs.l] = 1.3 * near[pairs.w] + 0.1 * near[pairs.l]
+    return Scores.residuals(near.requires_grad_(), scores.ref_residual), Layout(pairs=pairs), stats
+
+
+def other_way_round(pairs, **more):
+    return Pairs(w=pairs.l, l=pairs.w, reward_w=pairs.reward_l, reward_l=pairs.reward_w, **more)
+
+
+def a_label_of_zero_is_the_swapped_pair(cls):
+    scores, layout, _ = either_label_batch(3)
+    pairs = layout.pairs
+    for base in ("dpo", "dspo", "dmpo"):
+        for scope in ("batch", "pair"):
+            objective = cls(base=base, beta=4.0, mu=0.6, scope=scope)
+            reversed_label = replace(pairs, p=torch.zeros(4), margin=0.0)
+            one = gradient(objective, scores, reversed_label)
+            close(one, gradient(objective, scores, other_way_round(pairs, weight=pairs.weight)))
+            assert not torch.allclose(one, gradient(objective.inner, scores, reversed_label))
+
+
+def the_side_that_the_base_pushes_away_is_scaled(cls):
+    """Rewards that disagree with the order of the images, and two winners."""
+    scores, layout, _ = either_label_batch(4)
+    high, low = torch.full((4, 1), 0.9, dtype=torch.float64), torch.full((4, 1), 0.1, dtype=torch.float64)
+    pairs = Pairs(w=layout.pairs.w, l=layout.pairs.l, reward_w=low, reward_l=high)
+    for base, settings in (("smpo", {"reward_low": 0.0, "reward_high": 1.0}), ("capo", {"weighting": "none"})):
+        objective = cls(base=base, settings=settings, beta=4.0, mu=0.6)
+        one = gradient(objective, scores, pairs)
+        close(one, gradient(objective, scores, other_way_round(pairs)))
+        plain = gradient(objective.inner, scores, pairs)
+        close(one[pairs.l], plain[pairs.l])  # the winners
+        assert not torch.allclose(one[pairs.w], plain[pairs.w])
+    given = cls(base="smpo", settings={"soft_label": "p"}, beta=4.0, mu=0.6)
+    close(gradient(given, scores, replace(pairs, p=0.0)), gradient(given, scores, other_way_round(pairs)))
+
+
+def two_winners_are_left_alone(cls):
+    """SePPO where the winner is worse than under the reference: nothing is pushed away. Better: the generated image is."""
+    r = torch.tensor([[0.4, -0.2], [0.5, -0.3]], dtype=torch.float64).requires_grad_()
+    objective = cls(base="seppo", beta=4.0, mu=0.9)
+    for share, lam in ((0.9, []), (1.1, [0.1 * 0.2 / 0.26])):
+        scores = Scores.residuals(r, share * r.detach())
+        out = objective(scores, Pairs.halves(1))
+        torch.testing.assert_close(out.metrics["loser_gradient"].tolist(), lam if lam else [1.0])
+        ratio = gradient(objective, scores, Pairs.halves(1)) / gradient(objective.inner, scores, Pairs.halves(1))
+        close(ratio[0], torch.ones(2, dtype=torch.float64))
+        close(ratio[1], torch.full((2,), lam[0] if lam else 1.0, dtype=torch.float64))
 
 
 # -- patch_dpo -------------------------------------------------------------------------------------------------------
@@ -352,13 +415,36 @@ CASES = [
                 [
                     ("(1 - mu) * own", "mu * own"),
                     ("(w * l).sum(1)", "-(w * l).sum(1)"),
-                    ("share[count : 2 * count] = lam", "share[:count] = lam"),
+                    ("torch.where(ahead, own.l, own.w)", "torch.where(ahead, own.w, own.l)"),
                     ("x.detach() + by * (x - x.detach())", "x.detach() - by * (x - x.detach())"),
                     ("x.detach() + by * (x - x.detach())", "by * x"),
                 ],
             ),
             ("pair", [only_losers_gradients_are_scaled], [('scope == "batch"', "True"), ("lam.clamp(0, 1)", "lam")]),
         )
+    ),
+    *(
+        Case(
+            name=f"sdpo of labels for either image, per {scope}",
+            objective=SDPO,
+            make=lambda cls, scope=scope: cls(beta=4.0, mu=0.6, scope=scope),
+            batch=either_label_batch,
+            formula=sdpo_formula(0.6, scope),
+            start=Start(LOG2, [0.4 * 2.0, -2.0], start(p=0.0)),
+            identities=[
+                a_label_of_zero_is_the_swapped_pair,
+                the_side_that_the_base_pushes_away_is_scaled,
+                two_winners_are_left_alone,
+            ],
+            mutations=[
+                ("direction > 0, direction != 0", "direction > -2, direction != 0"),
+                ("direction > 0, direction != 0", "direction > 0, direction > -2"),
+                ("torch.where(ahead, own.l, own.w)[decided]", "own.l[decided]"),
+                ("isinstance(inner, Directed) else", "False else"),
+            ],
+            kinds=BOUND,
+        )
+        for scope in ("batch", "pair")
     ),
     Case(
         objective=PatchDPO,
