@@ -80,6 +80,8 @@ def tensor(*values):
             "may disagree on which image loses",
         ),
         (lambda: DiffusionDRO(margin=0.0), "margin is 0"),
+        (lambda: DiffusionDRO(margin=-0.001), "margin is -0.001; expected a positive number with form 'code'"),
+        (lambda: DiffusionDRO(margin=0.001, form="paper"), "margin is 0.001; expected 0 or less with form 'paper'"),
         (lambda: DiffusionDRO(form="softplus"), "form is 'softplus'"),
         (lambda: SubjectRPO(imitation_weight=-1.0), "imitation_weight is -1"),
         (lambda: GDPO(group_reduction="max"), "group_reduction is 'max'"),

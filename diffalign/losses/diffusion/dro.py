@@ -7,11 +7,13 @@ Loss, per pair: max(d + m, 0), d = [e(E) - e_ref(E)] - [e(P) - e_ref(P)], m = 0.
 its target; P a latent *on a lagged policy's own trajectory* for the same prompt and timestep, its target that policy's
 prediction. The reference's errors carry no gradient and only decide which pairs are still unsatisfied.
 
-Paper and code differ: the paper writes max(m, d) with a threshold m, whose gradient is that of the code at -m. `form` has
-both; the code's is the default. With a softplus instead of the hinge, and noise as the target of P, it is a DPO-style loss:
+Paper and code differ: the paper writes max(m, d) with a threshold m, the code max(d + m, 0): the same but for a constant if
+one's m is minus the other's. `form` has both; the code's is the default, and the paper's takes m = -0.001, the code's 0.001.
+With a positive m the paper's form never starts: an untouched adapter has d = 0 in every pair, below m, so no gradient, so it
+stays untouched. Positive ones are refused there, and at d = m the gradient counts as that of d, so that m = 0 starts. With a softplus instead of the hinge, and noise as the target of P, it is a DPO-style loss:
 use `dpo` on such rows.
 
-Consequences: d = 0 and loss m at the start; where the lagged policy still equals the trained one, e(P) = 0 without gradient,
+Consequences: d = 0 and loss m (paper's form: 0) at the start; where the lagged policy still equals the trained one, e(P) = 0 without gradient,
 so the first updates are fine-tuning on experts behind the gate, and the negative term acts only through the lag. d <= -m:
 nothing.
 
@@ -31,10 +33,12 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from diffalign.losses.base import AnyLayout, LossOut, Needs, Objective, Source, detached, needs
-from diffalign.losses.diffusion._common import either_way, one_of, positive
+from diffalign.losses.diffusion._common import either_way, one_of
 from diffalign.losses.layouts import Layout
 from diffalign.losses.pairwise import pair_metrics
 from diffalign.losses.scores import Cap, Kind, Scores
+
+OFFICIAL = 0.001  # margin of the code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +50,12 @@ class DiffusionDRO(Objective):
     ahead by m stops. The reference only gates. On stored losers instead of trajectories it is a hinge with a tiny margin.
 
     Attributes:
-        margin: m; 0.001 (official).
-        form: "code": max(d + m, 0). "paper": max(m, d), which starts flat and acts on pairs that are behind by more than m.
+        margin: m. None is 0.001 for "code" (official), which takes positive ones, and the same threshold, -0.001, for
+            "paper", which takes none above 0: an untouched adapter would never get a gradient.
+        form: "code": max(d + m, 0). "paper": max(m, d), whose gradient is that of the code's form at -m.
     """
 
-    margin: float = 0.001
+    margin: float | None = None
     form: Literal["code", "paper"] = "code"
 
     name: ClassVar[str] = "dro"
@@ -63,11 +68,24 @@ class DiffusionDRO(Objective):
     source: ClassVar[Source] = "on_policy"
 
     def __post_init__(self) -> None:
-        positive(self, "margin")
         one_of(self, "form", ("code", "paper"))
+        if self.form == "code" and self.m <= 0:
+            raise ValueError(f"margin is {self.m}; expected a positive number with form 'code'")
+        if self.form == "paper" and self.m > 0:
+            raise ValueError(
+                f"margin is {self.m}; expected 0 or less with form 'paper', whose untouched adapters have no gradient above 0"
+            )
+
+    @property
+    def m(self) -> float:
+        """The margin in use."""
+        return self.margin if self.margin is not None else OFFICIAL if self.form == "code" else -OFFICIAL
 
     def initial_loss(self, kind: Kind = Kind.TOKEN) -> float | None:
-        return self.margin
+        return self.m if self.form == "code" else 0.0
+
+    def summary(self) -> dict[str, float | str]:
+        return super().summary() | {"margin": self.m}
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         pairs, gain = Layout.of(layout).need_pairs(), 2 * scores.log_ratio()  # e_ref - e
@@ -75,10 +93,11 @@ class DiffusionDRO(Objective):
         def loss(win: Tensor, lose: Tensor, margin: Tensor | float) -> Tensor:
             d = gain[lose] - gain[win] + margin
             if self.form == "code":
-                return relu(d + self.margin)
-            return torch.where(d > self.margin, d, torch.full_like(d, self.margin) + 0 * d)
+                return relu(d + self.m)
+            return torch.where(d >= self.m, d, torch.full_like(d, self.m) + 0 * d)
 
         w, l = gain[pairs.w], gain[pairs.l]
-        unsatisfied = (l - w + pairs.margin > (-self.margin if self.form == "code" else self.margin)).to(w.dtype)
+        d = l - w + pairs.margin
+        unsatisfied = (d > -self.m if self.form == "code" else d >= self.m).to(w.dtype)
         metrics = pair_metrics(w - l, w, l, scores, pairs)
         return LossOut(pairs.weight * either_way(pairs, loss), metrics | detached(unsatisfied=unsatisfied))

@@ -353,7 +353,7 @@ def dro_formula(form):
         d = (w - rw) - (l - rl)
 
         def cost(d):
-            return relu(d + 0.05) if form == "code" else torch.clamp(d, min=0.05)
+            return relu(d + 0.05) if form == "code" else torch.clamp(d, min=-0.05)
 
         both = pairs.p * cost(d + pairs.margin) + (1 - pairs.p) * cost(-d - pairs.margin)
         return pairs.weight * both
@@ -361,7 +361,7 @@ def dro_formula(form):
     return formula
 
 
-def dro_of(form, winner, margin=0.001):
+def dro_of(form, winner, margin=None):
     def run(cls):
         error = torch.tensor([winner, 0.3], dtype=torch.float64, requires_grad=True)
         scores = Scores.denoising(error, torch.full((2,), 0.3, dtype=torch.float64))
@@ -379,11 +379,21 @@ def dro_stops_at_its_margin(cls):
 
 
 def the_papers_form_has_the_gradient_of_the_codes_at_minus_m(cls):
-    """max(m, d) starts flat and acts beyond m; max(d - m, 0) + m is the same."""
-    assert dro_of("paper", 0.3005)(cls) == (0.001, [0.0, 0.0])
-    loss, grad = dro_of("paper", 0.302)(cls)
-    close(loss, 0.002)
-    assert grad == [1.0, -1.0]
+    """max(m, d) is max(d - m, 0) + m."""
+    for winner in (0.302, 0.3, 0.2995, 0.2985):
+        (mine, grad), (other, same) = dro_of("paper", winner, None)(cls), dro_of("code", winner, None)(cls)
+        close(mine, other - 0.001)
+        assert grad == same
+    close(dro_of("paper", 0.2985)(cls)[0], -0.001)
+
+
+def the_papers_form_leaves_the_start(cls):
+    """An untouched adapter, d = 0, has the hinge's gradient at every margin that is allowed, 0 included."""
+    for margin in (None, -0.05, 0.0):
+        assert dro_of("paper", 0.3, margin)(cls) == (0.0, [1.0, -1.0])
+        scores, layout, _ = image_start()()
+        assert cls(margin=margin, form="paper")(scores, layout).metrics["unsatisfied"].tolist() == [1.0]
+    assert dro_of("paper", 0.2995, 0.0)(cls) == (0.0, [0.0, 0.0])
 
 
 def the_reference_only_gates(cls):
@@ -765,18 +775,17 @@ CASES = [
         Case(
             name="" if form == "code" else f"dro, {form}",
             objective=DiffusionDRO,
-            make=lambda cls, form=form: cls(margin=0.05, form=form),
+            make=lambda cls, form=form: cls(margin=0.05 if form == "code" else -0.05, form=form),
             batch=batch,
             formula=dro_formula(form),
-            start=Start(0.05, slopes, image_start()),
+            start=Start(0.05 if form == "code" else 0.0, [-2.0, 2.0], image_start()),
             identities=identities,
             mutations=mutations,
             kinds=BOUND,
         )
-        for form, slopes, identities, mutations in (
+        for form, identities, mutations in (
             (
                 "code",
-                [-2.0, 2.0],
                 [
                     dro_stops_at_its_margin,
                     the_reference_only_gates,
@@ -785,16 +794,22 @@ CASES = [
                 [
                     ("gain[lose] - gain[win]", "gain[win] - gain[lose]"),
                     ("2 * scores.log_ratio()", "scores.log_ratio()"),
-                    ("relu(d + self.margin)", "relu(d - self.margin)"),
-                    ("+ margin", "- margin"),
+                    ("relu(d + self.m)", "relu(d - self.m)"),
+                    ("gain[win] + margin", "gain[win] - margin"),
+                    ("OFFICIAL if self.form", "0.0015 if self.form"),
                     ("pairs.weight * either_way", "either_way"),
                 ],
             ),
             (
                 "paper",
-                [0.0, 0.0],
-                [the_papers_form_has_the_gradient_of_the_codes_at_minus_m],
-                [("d > self.margin, d,", "d > self.margin, 2 * d,"), ("torch.full_like(d, self.margin)", "0.0")],
+                [the_papers_form_has_the_gradient_of_the_codes_at_minus_m, the_papers_form_leaves_the_start],
+                [
+                    ("torch.where(d >= self.m, d,", "torch.where(d >= self.m, 2 * d,"),
+                    ("torch.full_like(d, self.m)", "0.0"),
+                    ("torch.where(d >= self.m", "torch.where(d > self.m"),
+                    ("else -OFFICIAL", "else 0.0"),
+                    ("else d >= self.m", "else d > self.m"),
+                ],
             ),
         )
     ),
