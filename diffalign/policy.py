@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -52,6 +52,13 @@ class Policy:
         self.denoising = DenoisingConfig() if denoising is None else denoising
         self.reference = reference
         self.forwards = 0
+
+    def against_base(self) -> Policy:
+        """The same policy compared with the base, whatever its own reference is; for measurements, without gradient.
+
+        Only this process's copy of the network is called: others may have finished.
+        """
+        return Policy(self.family, self.bare, autocast=self.autocast, denoising=self.denoising)
 
     @property
     def num_timesteps(self) -> int:
@@ -125,25 +132,30 @@ class Policy:
 
         reference_error, reference_miss = None, None
         # The reference goes first: adapters must not be switched between the policy's forward and its backward.
-        if reference and self.reference is None:
-            reference_miss = miss(self.predict_reference(x_t, rows.t, rows.conditioning))
-            reference_error = error(reference_miss)
-        elif reference:
-            assert self.reference is not None, "tested above"
-            parts = self.reference.parts()
-            reference_error = torch.zeros((), device=x_t.device)
-            for weight, weights in parts:
-                with torch.no_grad(), self.reference.active(weights), self.autocast():
-                    reference_miss = miss(self._call(self.bare, x_t, rows.t, rows.conditioning))
-                reference_error = reference_error + weight * error(reference_miss)
-            if len(parts) > 1:  # a mixture of scores has no prediction of its own
-                reference_miss = None
+        if reference:
+            with without_dropout(self.bare):
+                reference_error, reference_miss = self._reference(x_t, rows, miss, error)
         missed = miss(self.predict(x_t, rows.t, rows.conditioning))
         more: dict[str, Tensor | None] = {}
         if residual:
             more["residual"] = scaled(missed)
             more["ref_residual"] = None if reference_miss is None else scaled(reference_miss)
         return Scores.denoising(error(missed), reference_error, **more)
+
+    def _reference(
+        self, x_t: Tensor, rows: Rows, miss: Callable[[Tensor], Tensor], error: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Errors of the reference, and by how much its prediction misses, element by element."""
+        if self.reference is None:
+            missed = miss(self.predict_reference(x_t, rows.t, rows.conditioning))
+            return error(missed), missed
+        parts = self.reference.parts()
+        total = torch.zeros((), device=x_t.device)
+        for weight, weights in parts:
+            with torch.no_grad(), self.reference.active(weights), self.autocast():
+                missed = miss(self._call(self.bare, x_t, rows.t, rows.conditioning))
+            total = total + weight * error(missed)
+        return total, missed if len(parts) == 1 else None  # a mixture of scores has no prediction of its own
 
     def _noised(self, rows: Rows, alpha: Tensor, sigma: Tensor, noising: str) -> tuple[Tensor, Tensor]:
         """Noisy latents and the network's target there."""
@@ -154,7 +166,8 @@ class Policy:
         else:
             renoise = noising == "renoise_inversion"
             noise = rows.noise if self.denoising.inversion_noise else None
-            x_t, implied = self.invert(rows.x0, rows.t, rows.conditioning, renoise=renoise, noise=noise)
+            with without_dropout(self.bare):
+                x_t, implied = self.invert(rows.x0, rows.t, rows.conditioning, renoise=renoise, noise=noise)
             wanted = target(prediction_type, rows.x0, implied, alpha, sigma)
         if rows.given is not None and rows.x_t is not None and rows.target is not None:
             given = append_dims(rows.given, x_t)
@@ -269,3 +282,16 @@ class Policy:
         if objective.needs.patch_weight:
             scores = replace(scores, patch_weight=rows.patch_weight)
         return scores, layout
+
+
+@contextmanager
+def without_dropout(network: nn.Module) -> Iterator[None]:
+    """Inside, nothing is dropped; for passes without gradient beside the one that is trained."""
+    active = [part for part in network.modules() if isinstance(part, nn.Dropout) and part.training and part.p > 0]
+    for part in active:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in active:
+            part.train()

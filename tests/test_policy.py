@@ -1,14 +1,19 @@
 """Policy and reference on a real (tiny, untrained) SDXL network: what the two passes share, and where gradients go."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tests_support import random_batch
 
 from diffalign import adapters
-from diffalign.config import DenoisingConfig, LoraConfig, ModelConfig
+from diffalign.config import DenoisingConfig, LoraConfig, ModelConfig, ReferenceConfig
+from diffalign.data.batch import PairExample
+from diffalign.evaluate import held_out_accuracy
 from diffalign.families import NETWORK, load_family
 from diffalign.losses import DPO
 from diffalign.policy import Policy
+from diffalign.references import Reference
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +117,71 @@ def test_splitting_a_batch_gives_the_same_losses(fresh):
     whole = score(DPO(beta=50.0), policy, random_batch(4)).per_item
     parts = [score(DPO(beta=50.0), policy, random_batch(4, only=slice(i, i + 1))).per_item for i in range(4)]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def dropping(tiny_folder):
+    """A network of its own whose adapter drops half of its input, in training mode, and its adapter's parameters."""
+    found = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
+    found.load(NETWORK)
+    params = adapters.attach(found.network, LoraConfig(rank=4, targets="attention", dropout=0.5), seed=0)
+    disturb(found.network)
+    found.network.train()
+    return found, params
+
+
+@pytest.mark.parametrize("scheme", ["sync", "mixture", "momentum"])
+def test_dropout_is_the_policys_alone(dropping, scheme):
+    family, params = dropping
+    reference = Reference(ReferenceConfig(scheme=scheme), family.network, params)
+    policy = Policy(family, family.network, reference=reference)
+    rows = random_batch(2).stacked()
+    torch.manual_seed(0)
+    one, other = policy.measure(rows, residual=True), policy.measure(rows, residual=True)
+    assert torch.equal(one.need_ref(), other.need_ref())
+    assert not torch.equal(one.theta, other.theta)
+    assert family.network.training
+    assert all(part.training for part in family.network.modules())
+    family.network.eval()
+    assert torch.equal(policy.measure(rows).need_ref(), one.need_ref())
+    assert not family.network.training
+
+
+def test_dropout_is_off_where_images_are_inverted(dropping):
+    family, _ = dropping
+    policy = Policy(family, family.network, denoising=DenoisingConfig(inversion_steps=2))
+    rows = random_batch(2).stacked()
+    alpha_sigma = family.schedule.alpha_sigma(rows.t)
+    one, other = (policy._noised(rows, *alpha_sigma, "ddim_inversion")[0] for _ in range(2))
+    assert torch.equal(one, other)
+    assert family.network.training
+
+
+def test_held_out_pairs_are_measured_against_the_base_whatever_the_runs_reference_is(fresh):
+    """A reference that has just been synchronised is the policy: there is no gain over it, and accuracy would be one half."""
+    disturb(fresh.network, 0.5)
+    params = adapters.parameters(fresh.network)
+    synced = Policy(fresh, fresh.network, reference=Reference(ReferenceConfig(scheme="sync"), fresh.network, params))
+    batch = random_batch(4)
+    pairs = [
+        PairExample(
+            id=batch.ids[i],
+            chosen=batch.chosen[i],
+            rejected=batch.rejected[i],
+            text={name: value[i] for name, value in batch.text.items()},
+            chosen_image={"time_ids": batch.chosen_image["time_ids"][i]},
+            rejected_image={"time_ids": batch.rejected_image["time_ids"][i]},
+            p=1.0,
+            weight=1.0,
+            t=int(batch.t[i]),
+            noise=batch.noise[i],
+        )
+        for i in range(4)
+    ]
+    data = SimpleNamespace(
+        data=SimpleNamespace(target_sizes=[(32, 32)] * 4), example=lambda index, visit, keep_prompt: pairs[index]
+    )
+    gained, plain = (held_out_accuracy(policy, data, range(4)) for policy in (synced, Policy(fresh, fresh.network)))
+    assert gained == plain
+    assert gained.mean != 0.5
+    assert torch.equal(synced.measure(batch.stacked()).log_ratio(), torch.zeros(8))
