@@ -142,7 +142,7 @@ def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, A
         held_out = [i for i, prompt in enumerate(data.prompts) if is_held_out(prompt, fraction)]
         plan = BatchPlan(range(len(data)), data.target_sizes, 1, config.seed)
         dataset = PairMicroBatches(data, plan, config.denoising, family, config.seed)
-        policy = Policy(family, family.network, autocast=autocast)
+        policy = Policy(family, family.network, autocast=autocast, denoising=config.denoising)
         result |= held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
     atomic_write_text(out, json.dumps(result, indent=1))
     return result

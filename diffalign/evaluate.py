@@ -166,12 +166,13 @@ def held_out_accuracy(
     """Implicit accuracy on pairs that training never saw: how often the chosen image gained more than the rejected.
 
     For each pair the margin is averaged over `draws` timesteps, one from each slice of the range that is trained,
-    with fixed noise and always with the prompt, so that numbers of different steps and runs are comparable. Errors are
-    measured as in training. Ties in the data are left out.
+    with fixed noise and always with the prompt, and gains are over the base, also where the run's reference moves, so that
+    numbers of different steps and runs are comparable. Errors are measured as in training. Ties in the data are left out.
 
     Returns:
         Mean over pairs with its bootstrap interval, or None if there is no pair.
     """
+    policy = policy.against_base()
     first, last = policy.denoising.timestep_range(policy.num_timesteps)
     sizes = dataset.data.target_sizes
     hits: list[float] = []
