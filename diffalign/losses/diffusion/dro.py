@@ -10,12 +10,12 @@ prediction. The reference's errors carry no gradient and only decide which pairs
 Paper and code differ: the paper writes max(m, d) with a threshold m, the code max(d + m, 0): the same but for a constant if
 one's m is minus the other's. `form` has both; the code's is the default, and the paper's takes m = -0.001, the code's 0.001.
 With a positive m the paper's form never starts: an untouched adapter has d = 0 in every pair, below m, so no gradient, so it
-stays untouched. Positive ones are refused there, and at d = m the gradient counts as that of d, so that m = 0 starts. With a softplus instead of the hinge, and noise as the target of P, it is a DPO-style loss:
-use `dpo` on such rows.
+stays untouched. Positive ones are refused there, and at d = m the gradient counts as that of d, so that m = 0 starts. With a
+softplus instead of the hinge, and noise as the target of P, it is a DPO-style loss: use `dpo` on such rows.
 
-Consequences: d = 0 and loss m (paper's form: 0) at the start; where the lagged policy still equals the trained one, e(P) = 0 without gradient,
-so the first updates are fine-tuning on experts behind the gate, and the negative term acts only through the lag. d <= -m:
-nothing.
+Consequences: d = 0 and loss m (paper's form: 0) at the start; where the lagged policy still equals the trained one, e(P) = 0
+without gradient, so the first updates are fine-tuning on experts behind the gate, and the negative term acts only through
+the lag. d <= -m: nothing.
 
 Not part of the loss: experts are the top 500 of Pick-a-Pic by HPSv2 (do not evaluate with that scorer), a replay buffer of
 4, the lagged copy refreshed every 16 micro-steps, jittered timesteps. The code's gradient clipping does nothing (its list of
@@ -73,7 +73,7 @@ class DiffusionDRO(Objective):
             raise ValueError(f"margin is {self.m}; expected a positive number with form 'code'")
         if self.form == "paper" and self.m > 0:
             raise ValueError(
-                f"margin is {self.m}; expected 0 or less with form 'paper', whose untouched adapters have no gradient above 0"
+                f"margin is {self.m}; expected 0 or less with form 'paper': above 0 an untouched adapter has no gradient"
             )
 
     @property
