@@ -55,6 +55,7 @@ def tensor(*values):
         (lambda: SmPO(gamma=-1.0), "gamma is -1"),
         (lambda: SmPO(soft_label="label"), "soft_label is 'label'; expected one of reward, p"),
         (lambda: SmPO(reward_low=0.3), "reward_high is 0.28"),
+        (lambda: SmPO(reward_scale=0.0), "reward_scale is 0"),
         (lambda: SePPO(flip="always"), "flip is 'always'"),
         (lambda: SePPO(on_zero="plus"), "on_zero is 'plus'"),
         (lambda: DiffusionKTO(utility="sigmoid"), "utility is 'sigmoid'"),

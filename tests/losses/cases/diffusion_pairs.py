@@ -189,6 +189,23 @@ def smpo_swaps_pairs_that_the_reward_ranks_the_other_way(cls):
     close(cls(beta=7.0)(scores, pairs).per_item, cls(beta=7.0)(scores, other).per_item)
 
 
+def smpo_says_where_its_factor_saturates(cls):
+    """PickScore on its usual scale, 100 times the cosine, against the constants of the cosine: labels are hard again."""
+    cosine = torch.tensor([0.21, 0.22, 0.20, 0.205], dtype=torch.float64), torch.full((4,), 0.2, dtype=torch.float64)
+    scores, layout, _ = batch(5, soft=False, reward_w=cosine[0], reward_l=cosine[1])
+    right = cls(beta=7.0)(scores, layout)
+    pairs = Pairs(w=layout.pairs.w, l=layout.pairs.l, reward_w=100 * cosine[0], reward_l=100 * cosine[1])
+    wrong, mended = cls(beta=7.0)(scores, pairs), cls(beta=7.0, reward_scale=0.01)(scores, pairs)
+    assert wrong.metrics["saturated_frac"].tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert wrong.metrics["factor"].max() > 9.9
+    for out in (right, mended):
+        assert not out.metrics["saturated_frac"].any()
+        close(out.per_item, right.per_item)
+    swapped = Pairs(w=pairs.l, l=pairs.w, reward_w=pairs.reward_l, reward_l=pairs.reward_w)
+    assert cls(beta=7.0)(scores, swapped).metrics["saturated_frac"].tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert "saturated_frac" not in cls(beta=7.0, soft_label="p")(scores, pairs).metrics
+
+
 def smpo_start():
     one = torch.ones(1, dtype=torch.float64)
     return image_start(reward_w=LOW + 0.3 * (HIGH - LOW) * one, reward_l=LOW * one)
@@ -647,10 +664,13 @@ CASES = [
             smpo_of_equal_rewards_teaches_nothing,
             smpo_is_inpo_at_a_gap_of_0_2007,
             smpo_swaps_pairs_that_the_reward_ranks_the_other_way,
+            smpo_says_where_its_factor_saturates,
         ],
         mutations=[
-            ("(gap / 2).tanh()", "gap.tanh()"),
-            ("(gap / 2).tanh()", "-(gap / 2).tanh()"),
+            ("(self.gap(pairs, like) / 2).tanh()", "self.gap(pairs, like).tanh()"),
+            ("(self.gap(pairs, like) / 2).tanh()", "-(self.gap(pairs, like) / 2).tanh()"),
+            ("self.reward_scale * gap", "gap"),
+            (".abs() > 1)", " > 1)"),
             ("factor * (w - l) - pairs.margin", "factor * (w - l)"),
             ("pairs.weight * links", "links"),
             ("reward_high: float = 0.28201571106910706", "reward_high: float = 0.3"),
