@@ -103,6 +103,7 @@ def test_settings_out_of_range_are_refused_at_once(make, message):
         (lambda s: CaPO(beta=1.0)(s, Pairs.halves(1)), "pairs.reward_w and pairs.reward_l are missing"),
         (lambda s: CaPO(beta=1.0)(s, Pairs.halves(1, reward_w=torch.ones(1), reward_l=torch.ones(1))), "log_snr is"),
         (lambda s: FlowDPO(beta_schedule="derived")(s, Pairs.halves(1)), "scores.log_snr is missing"),
+        (lambda s: DualIPO(beta=1.0, real_weight=0.5)(s, Pairs.halves(1)), "set objective.real_weight: 0"),
         (lambda s: BideDPO(beta=1.0)(s, Pairs.halves(1)), "pairs.aspect is missing"),
         (lambda s: DSPO()(s, Pairs.halves(1)), "scores.residual is missing"),
         (lambda s: SDPO()(s, Pairs.halves(1)), "scores.residual is missing"),
@@ -269,7 +270,8 @@ def test_sdpo_hands_statistics_and_items_on():
     stats = mine.estimator().update(scores, Layout(pairs=pairs))
     torch.testing.assert_close(mine(scores, pairs, stats).per_item, base(scores, pairs, stats).per_item)
     layout = Layout(pairs=pairs, items=Items(index=torch.tensor([4, 5])))
-    mine, other = SDPO(base="dual_ipo", beta=2.0), DualIPO(beta=2.0)
+    mine, other = SDPO(base="dual_ipo", beta=2.0, settings={"real_weight": 0.5}), DualIPO(beta=2.0, real_weight=0.5)
+    assert "error/real" in mine(scores, layout).metrics
     torch.testing.assert_close(mine(scores, layout).per_item, other(scores, layout).per_item)
 
 

@@ -5,12 +5,15 @@ arXiv 2502.02088. Code: SAIS-FUXI/IPO has inference and weights only; formula se
 (`ipo`).
 
 Loss, per pair: -log sigma(z) + lambda_1 e_w + lambda_2 mean e(real), e the denoising error (v-prediction for CogVideoX; D
-includes the frames). The point-wise form is Diffusion-KTO's (`diffusion_kto`) with the same two terms. The loop of
-generating, labelling by a critic and training again, and the critic's own training, are not here.
+includes the frames). The point-wise form, Diffusion-KTO's loss with the same two terms, is not here: `diffusion_kto` has
+neither. Nor are the loop of generating, labelling by a critic and training again, and the critic's own training.
 
-Not published, or not read: beta (no default), lambda_1 and lambda_2 (1 here), the timestep sampler, whether pairs share
-their noise. Note the scale: DPO's pull on an error is beta / 4 at the start, in the hundreds, so weights of 1 hardly hold
-anything.
+The term of lambda_2 needs real videos as items beside the pairs, which no batch of a run has: only a caller of the core can
+give them. So its weight is 0 by default, and a positive one without items is refused.
+
+Not published, or not read: beta (no default), lambda_1 (1 here) and lambda_2 (0 here), the timestep sampler, whether pairs
+share their noise. Note the scale: DPO's pull on an error is beta / 4 at the start, in the hundreds, so weights of 1 hardly
+hold anything.
 """
 
 from __future__ import annotations
@@ -33,17 +36,18 @@ from diffalign.losses.scores import Cap, Kind, Scores
 class DualIPO(LogisticPair):
     """Dual-IPO for text-to-video (Yang et al. 2025, arXiv 2502.02088; no public training code). Not `ipo`.
 
-    `dpo` + winner_weight e_w + real_weight mean e of real videos, which are the layout's items (all, or those labelled 1)
-    where it has any; their mean is over the micro-batch. Without both weights it is `dpo`. Soft labels and
-    margins act on the first term, weights of pairs on the first two.
+    `dpo` + winner_weight e_w + real_weight mean e of real videos, which are the layout's items (all, or those labelled 1);
+    their mean is over the micro-batch. Without both weights it is `dpo`. Soft labels and margins act on the first term,
+    weights of pairs on the first two.
 
     Attributes:
         winner_weight: lambda_1; not published.
-        real_weight: lambda_2; not published.
+        real_weight: lambda_2; not published. 0: training runs have no batches with real videos beside pairs, and a positive
+            weight without them is refused.
     """
 
     winner_weight: float = 1.0
-    real_weight: float = 1.0
+    real_weight: float = 0.0
 
     name: ClassVar[str] = "dual_ipo"
     title: ClassVar[str] = "Dual-IPO (text-to-video)"
@@ -72,7 +76,12 @@ class DualIPO(LogisticPair):
         pairs, out = layout.need_pairs(), super().__call__(scores, layout, stats)
         imitation = reduce.imitation(scores, pairs.w)
         loss, metrics = out.per_item + self.winner_weight * pairs.weight * imitation, detached(imitation=imitation)
-        if self.real_weight and layout.items is not None:
+        if self.real_weight:
+            if layout.items is None:
+                raise ValueError(
+                    f"real_weight is {self.real_weight:g}, but this batch has no real videos (items beside its pairs), and "
+                    "training runs have none; set objective.real_weight: 0"
+                )
             items = layout.items
             use = 1.0 if items.label is None else (items.label > 0.5).to(imitation.dtype)
             real = use * items.weight * scores.need_imitation()[items.index]

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from loss_cases import (
     Case,
@@ -587,6 +588,18 @@ def dual_terms_add(cls):
     close(without, loss(1.0, 0.0))
 
 
+def dual_does_not_drop_a_term_in_silence(cls):
+    scores, layout, _ = dual_batch(2)
+    assert cls().real_weight == 0
+    with pytest.raises(ValueError, match=r"real_weight is 0.4, .* no real videos .*; set objective.real_weight: 0"):
+        cls(beta=7.0, real_weight=0.4)(scores, layout.pairs)
+
+
+def dual_start():
+    scores, layout, _ = image_start()()
+    return scores, Layout(pairs=layout.pairs, items=Items(index=torch.tensor([1]))), {}
+
+
 SIGN = ("z = beta * (w - l)", "z = beta * (l - w)")
 FACTOR = ("z = beta * (w - l)", "z = 0.5 * beta * (w - l)")
 
@@ -911,14 +924,16 @@ CASES = [
         make=lambda cls: cls(beta=7.0, winner_weight=0.6, real_weight=0.4),
         batch=dual_batch,
         formula=dual_formula,
-        start=Start(LOG2 + 0.6 * 0.3, [-3.5 - 1.2, 3.5], image_start()),
-        identities=[dual_without_weights_is_dpo, dual_terms_add],
+        start=Start(LOG2 + 0.6 * 0.3 + 0.4 * 0.3, [-3.5 - 1.2, 3.5 - 0.8], dual_start),
+        identities=[dual_without_weights_is_dpo, dual_terms_add, dual_does_not_drop_a_term_in_silence],
         mutations=[
             SIGN,
             ("self.winner_weight * pairs.weight", "pairs.weight"),
             ("self.real_weight * real", "real"),
             ("out.per_item + self", "out.per_item - self"),
             ("(items.label > 0.5).to(", "(items.label < 0.5).to("),
+            ("real_weight: float = 0.0", "real_weight: float = 1.0"),
+            ("if layout.items is None", "if False"),
         ],
         kinds=BOUND,
         optional=("items",),
