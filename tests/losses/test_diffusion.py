@@ -382,6 +382,28 @@ def test_group_advantages():
     torch.testing.assert_close(mixed[3:], torch.tensor([-0.7071068, 0.7071068]))
 
 
+def test_a_missing_reward_is_left_out_of_its_group():
+    nan = math.nan
+    reward = torch.tensor([[1.0, 5.0], [nan, 7.0], [3.0, 6.0], [2.0, nan], [nan, nan], [8.0, 9.0], [4.0, nan]])
+    group = torch.tensor([0, 0, 0, 0, 0, 1, 1])
+    expected = torch.tensor([[0, 0], [nan, 1], [1, 0.5], [0.5, nan], [nan, nan], [1, 0], [0, nan]])
+    torch.testing.assert_close(min_max(reward, group), expected, equal_nan=True)
+    mine = normalised_advantages(reward, group, (2.0, 1.0))
+    total = torch.tensor([0.0, 1.0, 2.5, 1.0])
+    torch.testing.assert_close(mine[:4], (total - total.mean()) / total.std())
+    assert mine[4] == 0, "nothing is known of it"
+    torch.testing.assert_close(mine[5:], torch.tensor([0.7071068, -0.7071068]))
+    # One reward, one of three missing: the other two are what they would be alone.
+    alone = normalised_advantages(torch.tensor([[3.0], [nan], [1.0]]), torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(alone, torch.tensor([0.7071068, 0.0, -0.7071068]))
+    none = normalised_advantages(torch.full((2, 1), nan), torch.zeros(2, dtype=torch.int64))
+    assert none.tolist() == [0.0, 0.0]
+    scores = Scores.denoising(torch.rand(3, requires_grad=True), torch.rand(3))
+    groups = Groups(index=torch.arange(3), group=torch.zeros(3, dtype=torch.int64), reward=tensor(3.0, nan, 1.0))
+    (grad,) = torch.autograd.grad(GDPO(beta=2.0)(scores, groups).loss, scores.error)
+    assert [value != 0 for value in grad.tolist()] == [True, False, True]
+
+
 # -- golden numbers of neighbours ------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ the unbiased deviation, R a weighted sum of rewards that are each min-max-normal
 (`normalised_advantages`). Members are samples of the frozen reference, each with its own noise. Two members: A = (0.7071,
 -0.7071), Diffusion-DPO at 0.7071 beta. Since advantages sum to 0, a constant added to all errors changes nothing.
 
-Differences: rewards that are all equal are 0 / 0 = NaN in the code; here they normalise to 0. The code pairs images and
+Differences: rewards that are all equal are 0 / 0 = NaN in the code; here they normalise to 0, and missing rewards (NaN) are
+left out. The code pairs images and
 prompts wrongly above a batch of one. |z| grows with the group, since it is a sum; `group_reduction: mean` divides by its
 size. The fixed timestep (250, asked at 100) is the data's.
 
@@ -36,28 +37,39 @@ from diffalign.losses.scores import Cap, Kind, Scores, lift
 
 
 def min_max(reward: Tensor, group: Tensor) -> Tensor:
-    """(R - min) / (max - min) within every group, in [0, 1], (M, K); 0 where all are equal."""
+    """(R - min) / (max - min) within every group, in [0, 1], (M, K); 0 where all are equal.
+
+    Missing rewards (NaN) stay missing and do not enter the extremes of their group.
+    """
     ids, count = group_ids(group)
     reward = lift(reward)
-    place = ids[:, None].expand_as(reward)
-    empty = torch.zeros(count, reward.shape[1], dtype=reward.dtype, device=reward.device)
-    low = empty.scatter_reduce(0, place, reward, "amin", include_self=False)[ids]
-    width = empty.scatter_reduce(0, place, reward, "amax", include_self=False)[ids] - low
-    return torch.where(
+    place, missing = ids[:, None].expand_as(reward), reward.isnan()
+
+    def extreme(fill: float, reduce: str) -> Tensor:
+        start = torch.full((count, reward.shape[1]), fill, dtype=reward.dtype, device=reward.device)
+        return start.scatter_reduce(0, place, reward.masked_fill(missing, fill), reduce)[ids]
+
+    low = extreme(math.inf, "amin")
+    width = extreme(-math.inf, "amax") - low
+    unit = torch.where(
         width > 0, (reward - low) / width.where(width > 0, torch.ones_like(width)), torch.zeros_like(width)
     )
+    return unit.masked_fill(missing, math.nan)
 
 
 def normalised_advantages(reward: Tensor, group: Tensor, weight: Tensor | tuple[float, ...] | None = None) -> Tensor:
     """GDPO-SR's advantages, (M,): weighted sum of min-max-normalised rewards, standardised within the group.
 
+    The sum is over the rewards that are there; a member without any gets 0 and does not enter its group's statistics.
+
     Args:
-        reward: (M, K).
+        reward: (M, K); NaN is a missing one.
         group: int64 id of the prompt or image, (M,).
         weight: of the rewards: (K,), or (M, K) where images differ in what they ask for; None is 1.
     """
     unit = min_max(reward, group)
-    total = (unit if weight is None else unit * torch.as_tensor(weight, dtype=unit.dtype, device=unit.device)).sum(1)
+    weighed = unit if weight is None else unit * torch.as_tensor(weight, dtype=unit.dtype, device=unit.device)
+    total = weighed.nansum(1).masked_fill(unit.isnan().all(1), math.nan)
     return advantages(total, group, center="mean", scale="group", eps=1e-8)
 
 
