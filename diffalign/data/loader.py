@@ -112,12 +112,28 @@ def draw_timestep(
     first, last = config.timestep_range(num_timesteps)
     if (config.timestep_sampling or sampling) == "uniform":
         return int(torch.randint(first, last + 1, (), generator=generator))
-    # Drawn again until it is within the bounds: the distribution given that it is.
-    while True:
-        u = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn((), generator=generator))
-        t = min(int(u * num_timesteps), num_timesteps - 1)
-        if first <= t <= last:
-            return t
+    if first > 0 or last < num_timesteps - 1:
+        return _truncated_logit_normal(config, generator, num_timesteps, first, last)
+    u = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn((), generator=generator))
+    return min(int(u * num_timesteps), num_timesteps - 1)
+
+
+def _truncated_logit_normal(
+    config: DenoisingConfig, generator: torch.Generator, num_timesteps: int, first: int, last: int
+) -> int:
+    """One timestep of the logit-normal distribution given that it is within bounds, by its inverse: one number is drawn."""
+    edges = torch.tensor([first, last + 1], dtype=torch.float64) / num_timesteps
+    low, high = (torch.logit(edges) - config.logit_mean) / config.logit_std
+    mirrored = bool(low > 0)  # the lower tail resolves what the upper one rounds to 1
+    if mirrored:
+        low, high = -high, -low
+    below, above = torch.special.ndtr(low), torch.special.ndtr(high)
+    if above <= below:  # so far out that all of it is at the bound that is nearer
+        return first if mirrored else last
+    v = torch.rand((), generator=generator, dtype=torch.float64)
+    normal = torch.special.ndtri(below + v * (above - below))
+    u = torch.sigmoid(config.logit_mean + config.logit_std * (-normal if mirrored else normal))
+    return min(max(int(u * num_timesteps), first), last)
 
 
 def draw(

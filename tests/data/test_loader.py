@@ -15,7 +15,7 @@ from torch import Tensor
 from diffalign.config import DenoisingConfig
 from diffalign.data.batch import collate
 from diffalign.data.encode import EncodedPair
-from diffalign.data.loader import BatchPlan, PairMicroBatches, micro_batches
+from diffalign.data.loader import BatchPlan, PairMicroBatches, draw_timestep, micro_batches
 from diffalign.errors import DataError
 from diffalign.families import DenoisingFamily
 
@@ -282,3 +282,47 @@ def test_workers_load_the_same_in_the_same_order() -> None:
     for a, b in zip(alone, ahead, strict=True):
         assert torch.equal(a.noise, b.noise)
         assert torch.equal(a.chosen, b.chosen)
+
+
+# --- timesteps within bounds -------------------------------------------------------------------------------------------
+
+
+def timesteps(count: int, **settings: Any) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    config = DenoisingConfig(timestep_sampling="logit_normal", **settings)
+    return [draw_timestep(config, generator, 1000) for _ in range(count)]
+
+
+def test_without_bounds_a_logit_normal_timestep_is_one_normal_number() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shares = [torch.sigmoid(0.5 + 2.0 * torch.randn((), generator=generator)) for _ in range(50)]
+    expected = [min(int(1000 * share), 999) for share in shares]
+    assert timesteps(50, logit_mean=0.5, logit_std=2.0) == expected
+    assert timesteps(50, logit_mean=0.5, logit_std=2.0, timestep_max=999) == expected
+
+
+@pytest.mark.parametrize("bounds", [(0, 399), (600, None), (350, 700), (700, 900)])
+@pytest.mark.parametrize("mean", [-1.0, 0.0, 1.0])
+def test_within_bounds_it_is_the_distribution_given_the_bounds(bounds: tuple[int, int | None], mean: float) -> None:
+    first, last = bounds
+    found = torch.tensor(timesteps(2000, timestep_min=first, timestep_max=last, logit_mean=mean)).double()
+    free = torch.tensor(timesteps(40_000, logit_mean=mean)).double()
+    kept = free[(free >= first) & (free <= (999 if last is None else last))]
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    width = float(kept.max() - kept.min())
+    assert (found.quantile(quantiles) - kept.quantile(quantiles)).abs().max() < 0.05 * width
+    assert found.min() >= first
+    assert found.max() <= (999 if last is None else last)
+
+
+@pytest.mark.parametrize(
+    ("settings", "around"),
+    [
+        ({"timestep_min": 998, "logit_std": 0.1}, {998}),  # 62 deviations out
+        ({"timestep_max": 1, "logit_std": 0.1}, {1}),
+        ({"timestep_min": 990, "logit_std": 0.5}, {990, 991, 992, 993, 994, 995, 996, 997, 998, 999}),
+        ({"timestep_min": 500, "timestep_max": 500}, {500}),
+    ],
+)
+def test_bounds_far_from_where_the_distribution_lies_are_kept_at_once(settings: Any, around: set[int]) -> None:
+    assert set(timesteps(50, **settings)) <= around
