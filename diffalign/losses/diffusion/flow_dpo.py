@@ -9,6 +9,11 @@ velocity noise - x_0. The derivation gives beta_t = beta (1 - t)^2, which is uni
 constant beta works better and is the default (second-hand: VBench quality 83.41 against 80.90, since beta_t leaves high
 noise almost free). Both agree at t = 0.
 
+beta_t is made of the signal-to-noise ratio alone, as sigma(log_snr / 2)^2 = (alpha / (alpha + sigma))^2. That is (1 - t)^2
+on a flow schedule and an arbitrary weight on a variance-preserving one, which scores do not tell apart. It also expects
+errors of the velocity: `denoising.error_space: epsilon` measures errors of the noise, which hold (1 - t)^2 already, and with
+both the weight would be (1 - t)^4.
+
 Paper and code differ: the paper writes a squared norm, both public codes take the mean over the latent, which is followed.
 
 Defaults: beta 100 (flow_grpo for SD3.5-M at 512; the same in Flow-Factory). Projects run 100 to 5000; the paper's value for
@@ -35,7 +40,8 @@ class FlowDPO(LogisticPair):
 
     `dpo` on velocity errors of a flow-matching model. With a constant beta it is that very loss at another default;
     "derived" multiplies beta by (1 - t)^2 of every row, which measures errors of the noise, as `dpo` does on models that
-    predict noise.
+    predict noise. "derived" means something on flow models alone, and not with `denoising.error_space: epsilon`, which is
+    the same weight once more.
 
     beta: 100 on denoising errors (official configuration for SD3.5-M).
 

@@ -6,7 +6,10 @@ ZichenMiao/Pairwise_Sample_Optimization:human_preference_tuning/{train_online_ps
 personalization/train_pso_sdxl_turbo_dreambooth.py and its scripts.
 
 Online (`pso`): D3PO's loss on transitions of the distilled sampler, beta 50 and clip 0.1, so |z| <= 10.03. The last step is
-deterministic (or has no noise to score) and is left out: 3 of 4 steps of Turbo, 7 of 8 of DMD2. Ties count as a win of the
+deterministic (or has no noise to score) and is left out: 3 of 4 steps of Turbo, 7 of 8 of DMD2. Turbo's Euler-ancestral step
+is DDIM's at eta 1 on the same levels. DMD2's is not in a run's samplers: it noises the predicted image anew, with mean
+sqrt(abar_prev) x_0 and deviation sqrt(1 - abar_prev), above DDIM's at any eta up to 1; the loss takes its transitions from a
+caller who samples them. Ties count as a win of the
 second image in the code, and with several rewards one is drawn per element; both make labels noisy and are the data's
 business (p = 1/2 is a tie here).
 
@@ -47,8 +50,9 @@ class PSO(ClippedPair):
     """Online pairwise sample optimisation (Miao et al. 2024, arXiv 2410.03190; official code
     ZichenMiao/Pairwise_Sample_Optimization).
 
-    `d3po`'s clipped loss on the transitions of a few-step distilled sampler (Turbo, DMD2), the deterministic last step left
-    out.
+    `d3po`'s clipped loss on the transitions of a few-step distilled sampler, the deterministic last step left out. Runs
+    sample with DDIM, which at eta 1 is Turbo's Euler-ancestral step; DMD2's sampler, which noises the predicted image anew
+    at every step, is missing.
 
     beta: 50 on transitions (official): |z| <= 10.03.
     """

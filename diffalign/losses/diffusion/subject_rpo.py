@@ -10,15 +10,17 @@ with y drawn from Bernoulli(sigma(reward(R) - reward(G))) at every access; the r
 similarity. y goes into `pairs.p`; the probability itself (`preference_probability`) gives the expected loss without the
 noise of the draw.
 
-Paper and code differ: the SD script has a beta argument and does not use it (so 1), the SDXL script multiplies by it.
+The two scripts differ, and this class follows one in each point. beta: train.py (SD) has the argument and does not use it
+(so 1), train_sdxl.py multiplies by it, and so does this. Noise: train.py draws timestep and noise for each image apart, as
+here; train_sdxl.py copies those of the first half to the second, so that both members of a pair share them
+(`denoising.noise: shared` in a config). The README calls the SDXL script not evaluated.
 
 Weakness of the published settings: at beta 1 k stays near 0.01, so the slope is (sigma(k) - y), about +-1/2, against an
 imitation term of slope 1; reward gaps of 0.05 to 0.2 make labels that are right with probability 0.51 to 0.55, and the
 expected force of the preference is 0.01 to 0.05 of the imitation: mostly label noise. For a real preference raise beta to
 the order of 1000 and sharpen the reward (`temperature`).
 
-Each image has its own timestep and noise. Defaults: beta 1; lambda 0 in training (text only), 0.3 to 0.7 for choosing the
-checkpoint.
+Defaults: beta 1; lambda 0 in training (text only), 0.3 to 0.7 for choosing the checkpoint.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class SubjectRPO(LogisticPair):
     e_w - p log sigma(beta k) - (1 - p) log sigma(-beta k), k = (e_w_ref - e_w) - (e_l_ref - e_l): w is an image of the
     subject, l one that the base model generated from another prompt. `pairs.p` is the label drawn from the lambda-harmonic
     reward, or its probability. With the published beta the preference is hardly felt beside the imitation, and its labels
-    are nearly coin flips; raise beta by 1000 and lower the temperature of the label for a real preference.
+    are nearly coin flips; raise beta by 1000 and lower the temperature of the label for a real preference. Each image has
+    its own timestep and noise, as in the SD script; the SDXL script shares them within a pair (`denoising.noise: shared`).
 
     beta: 1 on differences of denoising errors (SDXL script; the SD script ignores its own).
 
@@ -87,7 +90,7 @@ class SubjectRPO(LogisticPair):
     paper: ClassVar[str] = "2407.12164"
     composition: ClassVar[str] = "difference of errors -> beta (w - l) -> logistic of a drawn label + error of w"
     needs: ClassVar[Needs] = needs("pairs", caps=(Cap.DIFFERENCE, Cap.ERROR, Cap.IMITATION))
-    parity: ClassVar[str] = "andrew-miao/RPO train_sdxl.py (formula)"
+    parity: ClassVar[str] = "andrew-miao/RPO train_sdxl.py, noise of train.py (formula)"
     default_beta: ClassVar[Mapping[Kind, float]] = {Kind.BOUND: 1.0}
     instead: ClassVar[str] = "use 'rpo', DPO with imitation of the chosen"
     noise: ClassVar[Literal["shared", "independent"]] = "independent"
