@@ -74,7 +74,10 @@ def open_family(config: RunConfig, accelerator: Accelerator) -> Family:
 
 
 def resolve_auto(config: RunConfig, accelerator: Accelerator) -> RunConfig:
-    """Replace `auto` batch size and checkpointing by what fits the device; the effective batch stays as configured."""
+    """Replace `auto` batch size and checkpointing by what fits every process's device; the effective batch stays as configured.
+
+    All processes must come to the same: it is the smallest device that decides.
+    """
     training = config.training
     if "auto" not in (training.train_batch_size, training.gradient_checkpointing):
         return config
@@ -83,7 +86,8 @@ def resolve_auto(config: RunConfig, accelerator: Accelerator) -> RunConfig:
         from diffalign.plan import choose_micro_batch
 
         memory = torch.cuda.get_device_properties(accelerator.device).total_memory
-        batch, checkpointing = choose_micro_batch(config, memory)
+        everywhere = accelerator.gather(torch.tensor([memory], device=accelerator.device))
+        batch, checkpointing = choose_micro_batch(config, int(everywhere.min()))
     if training.gradient_checkpointing != "auto":
         checkpointing = training.gradient_checkpointing
     changes: dict[str, Any] = {"train_batch_size": batch, "gradient_checkpointing": checkpointing}

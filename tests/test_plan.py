@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from diffalign.architecture import assume, resolve
 from diffalign.config import LoraConfig, ModelConfig, RunConfig, build, load_config
 from diffalign.errors import ConfigError
 from diffalign.families import DECODER, ENCODERS, NETWORK, DenoisingFamily, load_family, published
+from diffalign.hardware import resolve_auto
 from diffalign.measure import NetworkCost, measure_encoder, measure_network
 from diffalign.plan import GIB, choose_micro_batch, make_plan, pairs_per_device, render, to_json
 from diffalign.preflight import check
@@ -319,6 +321,26 @@ def test_auto_prefers_no_checkpointing_and_divides_the_effective_batch() -> None
     # A stated value is never replaced.
     fixed = sd15(training={"train_batch_size": "auto", "gradient_checkpointing": True})
     assert choose_micro_batch(fixed, 200 * GIB) == (8, True)
+
+
+class Device(str):
+    """The CPU under the name of a card."""
+
+    type = "cuda"
+
+
+def test_the_smallest_card_decides_what_auto_stands_for_on_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sd15(
+        training={"train_batch_size": "auto", "gradient_checkpointing": "auto", "gradient_accumulation_steps": 24}
+    )
+    cards = (200 * GIB, 8 * GIB)
+    made = []
+    for own in cards:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, own=own: SimpleNamespace(total_memory=own))
+        accelerator = SimpleNamespace(device=Device("cpu"), gather=lambda value: torch.tensor(cards).to(value))
+        made.append(resolve_auto(config, accelerator).training)  # type: ignore[arg-type]
+    assert made[0] == made[1]
+    assert (made[1].train_batch_size, made[1].gradient_checkpointing) == choose_micro_batch(config, 8 * GIB)
 
 
 def test_filling_the_cache_counts_for_the_verdict() -> None:
