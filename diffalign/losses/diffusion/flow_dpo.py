@@ -40,8 +40,8 @@ class FlowDPO(LogisticPair):
 
     `dpo` on velocity errors of a flow-matching model. With a constant beta it is that very loss at another default;
     "derived" multiplies beta by (1 - t)^2 of every row, which measures errors of the noise, as `dpo` does on models that
-    predict noise. "derived" means something on flow models alone, and not with `denoising.error_space: epsilon`, which is
-    the same weight once more.
+    predict noise. "derived" means something on flow models alone, and not where errors are those of the noise already
+    (`denoising`, error space "epsilon"), which is the same weight once more.
 
     beta: 100 on denoising errors (official configuration for SD3.5-M).
 
