@@ -130,6 +130,7 @@ def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, A
     require_writable(out.parent)
     accelerator = make_accelerator(config.training, config.output_dir)
     family = open_denoising(config, accelerator)
+    preflight.check_schedule(config, family)
     fraction, objective = config.evaluation.held_out_fraction, config.objective
     data = prepare(config, family, accelerator).data if fraction and objective.reads_reference() else None
     autocast = accelerator.autocast if config.training.mixed_precision != "no" else nullcontext

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign import plugins
+from diffalign._preflight_images import check_errors, check_round, check_schedule, check_unread
 from diffalign.config import GenerationConfig, RolloutConfig, RunConfig
 from diffalign.errors import ConfigError, DataError, did_you_mean
 from diffalign.files import require_writable
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from diffalign.families import DenoisingFamily, Family
     from diffalign.losses import Objective
 
+__all__ = ["check", "check_objective", "check_sampling", "check_schedule", "check_text", "online"]
 SCHEDULES = (
     "linear",
     "cosine",
@@ -93,6 +95,7 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
         )
     if objective.source == "data" and "groups" not in objective.needs.layout:
         _rehearse(objective, _facts(config))
+    check_errors(config)
     _check_image_rollout(config)
     if config.rollout.guidance_scale != 1 and not family.unconditional:  # type: ignore[attr-defined]
         raise ConfigError(
@@ -147,6 +150,8 @@ def _check_image_rollout(config: RunConfig) -> None:
         )
     for name in rollout.rewards:
         rewards.check_images(name)
+    check_unread(config)
+    check_round(config)
 
 
 def _rehearse(objective: Objective, facts: Collection[str] = ()) -> None:

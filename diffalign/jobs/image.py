@@ -15,7 +15,6 @@ from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, micro_b
 from diffalign.data.pipeline import is_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.data.prompts import load_prompts
-from diffalign.errors import ConfigError
 from diffalign.families import NETWORK, DenoisingFamily
 from diffalign.hardware import configure_network
 from diffalign.jobs import Job, weight_metric
@@ -23,6 +22,7 @@ from diffalign.losses import EXO, Layout, LossOut
 from diffalign.metrics import StepMetrics
 from diffalign.outputs import Outputs
 from diffalign.policy import Policy
+from diffalign.preflight import check_schedule
 from diffalign.references import Reference
 from diffalign.sampling import Sampler
 from diffalign.sampling.rollouts import AnyBatch, ImageRollouts, StepBatch, kind_of, noise_of, samples_images
@@ -37,6 +37,7 @@ class ImageJob(Job):
 
     def prepare(self) -> None:
         config = self.config
+        check_schedule(config, self.family)
         self.online = samples_images(config)
         self.autocast = self.accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
         self.data: PairData | None = None
@@ -64,11 +65,6 @@ class ImageJob(Job):
         sizes = data.target_sizes
         assert training.train_batch_size != "auto", "resolve_auto has chosen"
         self.plan = BatchPlan(self.kept, [sizes[i] for i in self.kept], training.train_batch_size, config.seed)
-        if config.denoising.timestep_min >= self.family.schedule.num_timesteps:
-            raise ConfigError(
-                f"denoising.timestep_min: got {config.denoising.timestep_min}; the model has timesteps 0 to "
-                f"{self.family.schedule.num_timesteps - 1}"
-            )
         independent = noise_of(config) == "independent"
         dataset = PairMicroBatches(
             data,

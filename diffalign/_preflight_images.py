@@ -1,0 +1,254 @@
+"""What the settings of an image run cannot do together, or would leave unread without a word."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffalign.config import RolloutConfig, RunConfig
+from diffalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffalign.families import DenoisingFamily
+
+TRANSITIONS = ("trajectories", "candidates")
+FROM_DATA = ("generated", "on_policy")  # chosen images of the data against samples
+TIMES = ("timestep_min", "timestep_max", "timestep_sampling", "logit_mean", "logit_std")
+INVERSION = ("noising", "inversion_steps", "inversion_noise", "inversion_level")
+ERRORS = ("error_space", "error_reduction")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Keys that some runs on sampled images do not read.
+
+    Attributes:
+        section: of the keys.
+        names: of the keys.
+        where: which runs do not read them.
+        why: what they do instead; `{objective}` is filled in.
+    """
+
+    section: str
+    names: tuple[str, ...]
+    where: Callable[[RunConfig], bool]
+    why: str
+
+
+def _source(*names: str) -> Callable[[RunConfig], bool]:
+    return lambda config: config.objective.source in names
+
+
+def _no_source(*names: str) -> Callable[[RunConfig], bool]:
+    return lambda config: config.objective.source not in names
+
+
+def _chooses(config: RunConfig) -> bool:
+    """Whether the objective learns from one chosen image of a group."""
+    needs = config.objective.needs
+    alone = needs.labels == (1,) and not {"pairs", "groups"} & set(needs.layout)
+    return bool(alone and config.objective.source == "data")
+
+
+UNREAD = (
+    Unread(
+        "denoising",
+        (*TIMES, "noise", *INVERSION, *ERRORS, "proportion_empty_prompts"),
+        _source(*TRANSITIONS),
+        "objective {objective!r} trains log-densities of its sampler's own steps and measures no denoising error",
+    ),
+    Unread(
+        "denoising",
+        (*TIMES, "noise"),
+        _source("on_policy"),
+        "objective {objective!r} trains at the sampler's own noise levels, which both images of a pair share",
+    ),
+    Unread(
+        "denoising",
+        ("proportion_empty_prompts",),
+        _source("data"),
+        "images that are sampled for a prompt are trained with it",
+    ),
+    Unread(
+        "rollout",
+        ("num_prompts",),
+        lambda config: not config.rollout.prompts,
+        "it cuts rollout.prompts, and there are none: those of the data are used (data.max_pairs cuts these)",
+    ),
+    Unread(
+        "rollout",
+        ("samples_per_prompt",),
+        _source(*FROM_DATA),
+        "objective {objective!r} compares every image of the data with one sample",
+    ),
+    Unread(
+        "rollout",
+        ("steps_per_sample",),
+        _no_source(*TRANSITIONS, "on_policy"),
+        "only objectives that train steps or points of a trajectory read it, and {objective!r} trains clean images",
+    ),
+    Unread(
+        "rollout",
+        ("first_step",),
+        _no_source(*TRANSITIONS),
+        "only objectives that train a trajectory's steps read it, such as d3po",
+    ),
+    Unread(
+        "rollout",
+        ("select", "select_temperature"),
+        lambda config: not _chooses(config),
+        "only objectives on chosen images alone read it, such as sft, and {objective!r} is none",
+    ),
+    Unread(
+        "rollout",
+        ("select_temperature",),
+        lambda config: config.rollout.select != "bradley_terry",
+        "rollout.select is 'best', which draws nothing",
+    ),
+    Unread(
+        "rollout",
+        ("shared_start",),
+        _no_source("trajectories"),
+        "only objectives that compare whole trajectories read it, such as d3po",
+    ),
+    Unread(
+        "rollout",
+        ("reward_scale", "keep_threshold"),
+        _no_source("candidates"),
+        "only objectives that compare next latents read it, such as spo",
+    ),
+    Unread(
+        "evaluation",
+        ("held_out_fraction",),
+        lambda config: bool(config.rollout.prompts),
+        "rollout.prompts are sampled, and there are no data to hold out",
+    ),
+)
+
+
+def check_unread(config: RunConfig) -> None:
+    """Refuse settings that this run on sampled images would not read.
+
+    Raises:
+        ConfigError: the first one found.
+    """
+    objective = config.objective
+    for entry in UNREAD:
+        if not entry.where(config):
+            continue
+        node = getattr(config, entry.section)
+        for field in dataclasses.fields(node):
+            if field.name in entry.names and (value := getattr(node, field.name)) != field.default:
+                why = entry.why.format(objective=objective.name)
+                raise ConfigError(f"{entry.section}.{field.name}: got {value!r}, which has no effect: {why}; remove it")
+
+
+def check_round(config: RunConfig) -> None:
+    """Refuse what a round of sampled images cannot be cut into, and samples that do not have the data's size.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    training, rollout, objective = config.training, config.rollout, config.objective
+    size, needs = training.train_batch_size, objective.needs
+    if size == "auto":
+        raise ConfigError(
+            "training.train_batch_size: got 'auto'; a round of sampled images is cut into micro-batches of a known size: "
+            "give a number (diffalign plan says what fits)"
+        )
+    if objective.source in TRANSITIONS:
+        _check_steps(rollout)
+    together = "groups" in needs.layout or (needs.labels != (1,) and "pairs" not in needs.layout)
+    if objective.source == "data" and together and size % rollout.samples_per_prompt:
+        raise ConfigError(
+            f"training.train_batch_size: got {size}; the images of a group stay together: expected a multiple of "
+            f"rollout.samples_per_prompt {rollout.samples_per_prompt}"
+        )
+    if objective.source in FROM_DATA:
+        _check_sizes(config)
+
+
+def _check_steps(rollout: RolloutConfig) -> None:
+    """Refuse steps that the sampler has not got; how many of them have a density is known with its noise levels."""
+    steps, first, trained = rollout.num_inference_steps, rollout.first_step, rollout.steps_per_sample
+    if not 0 <= first < steps:
+        raise ConfigError(
+            f"rollout.first_step: got {first}; the sampler's steps are 0 to {steps - 1} (rollout.num_inference_steps "
+            f"{steps})"
+        )
+    if trained is not None and not 1 <= trained <= steps - first:
+        raise ConfigError(
+            f"rollout.steps_per_sample: got {trained}; expected 1 to {steps - first}: of {steps} sampler steps "
+            f"(rollout.num_inference_steps) those from rollout.first_step {first} on are trained"
+        )
+
+
+def _check_sizes(config: RunConfig) -> None:
+    """Samples are stacked with the data's images."""
+    data, sampling, name = config.data, config.sampling, config.objective.name
+    if data.buckets:
+        raise ConfigError(
+            f"data.buckets: got true; objective {name!r} compares the data's images with samples, which are squares: set it "
+            "to false"
+        )
+    for key in ("resolution", "num_frames"):
+        value, own = getattr(sampling, key), getattr(data, key)
+        if value is not None and value != own:
+            raise ConfigError(
+                f"sampling.{key}: got {value}; objective {name!r} compares the data's images with samples of their size: "
+                f"remove it, or take data.{key} {own}"
+            )
+
+
+def check_errors(config: RunConfig) -> None:
+    """Refuse ways to measure denoising errors on which the objective means something else.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    from diffalign.losses import Cap, Kind
+    from diffalign.losses.diffusion.sdpo import SDPO
+
+    denoising, objective = config.denoising, config.objective
+    if denoising.error_reduction == "sum" and Cap.RESIDUAL in objective.required_caps(Kind.BOUND):
+        raise ConfigError(
+            f"denoising.error_reduction: got 'sum'; objective {objective.name!r} works on errors element by element, of "
+            "which the error is the mean; remove it"
+        )
+    if denoising.noise == "independent" and isinstance(objective, SDPO):
+        raise ConfigError(
+            f"denoising.noise: got 'independent'; objective {objective.name!r} compares the errors of a pair's images "
+            "element by element, through the noise that they share; remove it"
+        )
+    if _reads_flow_time(objective) and denoising.error_space != "native":
+        raise ConfigError(
+            f"denoising.error_space: got {denoising.error_space!r}; objective {objective.name!r} with "
+            "objective.beta_schedule 'derived' weighs errors of the velocity, as "
+            "the native space has them; remove one of the two"
+        )
+
+
+def _reads_flow_time(objective: Any) -> bool:
+    from diffalign.losses.diffusion.flow_dpo import FlowDPO
+
+    return isinstance(objective, FlowDPO) and objective.beta_schedule == "derived"
+
+
+def check_schedule(config: RunConfig, family: DenoisingFamily) -> None:
+    """Refuse what does not go with the model's noise schedule, of which its scheduler's config alone is read.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    schedule, first = family.schedule, config.denoising.timestep_min
+    if first >= schedule.num_timesteps:
+        raise ConfigError(
+            f"denoising.timestep_min: got {first}; the model has timesteps 0 to {schedule.num_timesteps - 1}"
+        )
+    if _reads_flow_time(config.objective) and not schedule.is_flow:
+        raise ConfigError(
+            f"objective.beta_schedule: got 'derived'; the model predicts {schedule.prediction_type} and is no flow model, "
+            "whose time this weight is a function of; take 'constant'"
+        )

@@ -1,0 +1,217 @@
+"""What runs on sampled images would not read, or cannot do, is refused before anything loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from diffusers import DDPMScheduler
+
+from diffalign import preflight
+from diffalign._preflight_images import UNREAD
+from diffalign.config import RunConfig, build, load_config
+from diffalign.errors import ConfigError
+from diffalign.schedules import Schedule
+from diffalign.trainer import train
+
+REWARD = "world_verifier"
+# One objective for every way in which images are sampled, with what it needs.
+WAYS: dict[str, dict[str, Any]] = {
+    "trajectories": {"objective": {"name": "d3po"}},
+    "candidates": {"objective": {"name": "spo"}},
+    "pairs": {"objective": {"name": "dpo", "beta": 100.0}},
+    "chosen": {"objective": {"name": "sft"}},
+    "groups": {"objective": {"name": "gdpo", "beta": 30.0}},
+    "generated": {"objective": {"name": "seppo", "beta": 30.0}},
+    "on_policy": {"objective": {"name": "dro"}},
+}
+FROM_DATA = ("generated", "on_policy")
+TRANSITIONS = ("trajectories", "candidates")
+
+
+def config_of(way: str, folder: Path, **changes: Any) -> RunConfig:
+    from_data = way in FROM_DATA
+    tree: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "model": {"family": "sdxl", "pretrained": "tiny-sdxl"},
+        "data": {"sources": [str(folder)] if from_data else [], "resolution": 32},
+        "rollout": {} if from_data else {"prompts": ["a", "b"], "rewards": [REWARD], "samples_per_prompt": 4},
+        "training": {"train_batch_size": 8},
+    }
+    for section, values in (WAYS[way] | changes).items():
+        tree[section] = values if section == "objective" else tree.get(section, {}) | values
+    return build(tree)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_sample_passes_as_it_is(way: str, tmp_path: Path) -> None:
+    preflight.check(config_of(way, tmp_path))
+
+
+DENOISING: dict[str, Any] = {
+    "timestep_min": 100,
+    "timestep_max": 900,
+    "timestep_sampling": "logit_normal",
+    "logit_mean": 1.0,
+    "logit_std": 2.0,
+    "noise": "independent",
+    "noising": "ddim_inversion",
+    "inversion_steps": 3,
+    "inversion_noise": 1.0,
+    "inversion_level": "grid",
+    "error_space": "epsilon",
+    "error_reduction": "sum",
+    "proportion_empty_prompts": 0.1,
+}
+# (section, key, value, ways that do not read it)
+IGNORED: list[tuple[str, str, Any, tuple[str, ...]]] = [
+    *(("denoising", name, value, TRANSITIONS) for name, value in DENOISING.items()),
+    *(("denoising", name, DENOISING[name], ("on_policy",)) for name in ("timestep_min", "timestep_max", "noise")),
+    ("denoising", "proportion_empty_prompts", 0.1, ("pairs", "chosen", "groups")),
+    ("rollout", "num_prompts", 3, FROM_DATA),
+    ("rollout", "samples_per_prompt", 4, FROM_DATA),
+    ("evaluation", "held_out_fraction", 0.1, ("pairs", "trajectories")),
+    ("rollout", "steps_per_sample", 2, ("pairs", "chosen", "groups", "generated")),
+    ("rollout", "first_step", 1, ("pairs", "chosen", "groups", *FROM_DATA)),
+    ("rollout", "select", "bradley_terry", ("pairs", "groups", *TRANSITIONS, *FROM_DATA)),
+    ("rollout", "select_temperature", 0.5, ("pairs", "chosen", "groups", *TRANSITIONS, *FROM_DATA)),
+    ("rollout", "shared_start", False, ("pairs", "chosen", "groups", "candidates", *FROM_DATA)),
+    ("rollout", "reward_scale", 2.0, ("pairs", "chosen", "groups", "trajectories", *FROM_DATA)),
+    ("rollout", "keep_threshold", 0.5, ("pairs", "chosen", "groups", "trajectories", *FROM_DATA)),
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "section", "key", "value"),
+    [(way, section, key, value) for section, key, value, ways in IGNORED for way in ways],
+)
+def test_what_a_run_would_not_read_is_refused(way: str, section: str, key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}: got .*no effect.*; remove it"):
+        preflight.check(config_of(way, tmp_path, **{section: {key: value}}))
+
+
+@pytest.mark.parametrize(
+    ("way", "changes"),
+    [
+        ("on_policy", {"rollout": {"steps_per_sample": 4}}),
+        ("trajectories", {"rollout": {"steps_per_sample": 4, "shared_start": False}}),
+        ("candidates", {"rollout": {"first_step": 1, "reward_scale": 10, "keep_threshold": 0.5}}),
+        ("chosen", {"rollout": {"select": "bradley_terry", "select_temperature": 0.1, "num_prompts": 1}}),
+        ("generated", {"denoising": {"proportion_empty_prompts": 0.1, "timestep_min": 10}}),
+        ("generated", {"evaluation": {"held_out_fraction": 0.1}}),
+        ("pairs", {"denoising": {"timestep_min": 10, "noise": "independent", "error_space": "epsilon"}}),
+        ("pairs", {"evaluation": {"held_out_fraction": 0.0}}),
+    ],
+)
+def test_what_a_run_reads_may_be_set(way: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    preflight.check(config_of(way, tmp_path, **changes))
+
+
+def test_the_table_names_keys_that_there_are() -> None:
+    for entry in UNREAD:
+        section = getattr(load_config("demo_dpo"), entry.section)
+        assert set(entry.names) <= {field.name for field in dataclasses.fields(section)}
+
+
+@pytest.mark.parametrize(
+    ("way", "changes", "said"),
+    [
+        ("generated", {"data": {"buckets": True}}, r"data\.buckets: got true"),
+        ("on_policy", {"sampling": {"resolution": 64}}, r"sampling\.resolution: got 64.*data\.resolution 32"),
+        (
+            "groups",
+            {"training": {"train_batch_size": 6}},
+            r"train_batch_size: got 6.*multiple of.*samples_per_prompt 4",
+        ),
+        ("pairs", {"training": {"train_batch_size": "auto"}}, r"train_batch_size: got 'auto'.*give a number"),
+        ("trajectories", {"rollout": {"first_step": 10}}, r"first_step: got 10.*0 to 9"),
+        ("candidates", {"rollout": {"first_step": 4, "steps_per_sample": 7}}, r"steps_per_sample: got 7.*1 to 6"),
+        ("trajectories", {"rollout": {"steps_per_sample": 0}}, r"steps_per_sample: got 0"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused(way: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        preflight.check(config_of(way, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("way", "changes"),
+    [
+        ("generated", {"sampling": {"resolution": 32, "num_frames": 1}}),
+        ("pairs", {"sampling": {"resolution": 64}}),
+        ("pairs", {"training": {"train_batch_size": 6}}),
+        ("chosen", {"training": {"train_batch_size": 3}}),
+    ],
+)
+def test_rounds_that_can_be_pass(way: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    preflight.check(config_of(way, tmp_path, **changes))
+
+
+def stored(folder: Path, objective: dict[str, Any], **denoising: Any) -> RunConfig:
+    """A run on stored pairs."""
+    return build(
+        {
+            "output_dir": str(folder / "run"),
+            "model": {"family": "sdxl", "pretrained": "tiny-sdxl"},
+            "data": {"sources": [str(folder)], "resolution": 32},
+            "objective": objective,
+            "denoising": denoising,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "denoising", "said"),
+    [
+        ({"name": "dspo", "beta": 0.01}, {"error_reduction": "sum"}, r"error_reduction: got 'sum'.*element by element"),
+        ({"name": "sdpo"}, {"noise": "independent"}, r"denoising\.noise: got 'independent'.*the noise that they share"),
+        (
+            {"name": "flow_dpo", "beta_schedule": "derived"},
+            {"error_space": "epsilon"},
+            r"error_space: got 'epsilon'.*'derived'",
+        ),
+    ],
+)
+def test_errors_on_which_an_objective_means_something_else_are_refused(
+    objective: dict[str, Any], denoising: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    preflight.check(stored(tmp_path, objective))
+    with pytest.raises(ConfigError, match=said):
+        preflight.check(stored(tmp_path, objective, **denoising))
+
+
+FLOW = Schedule.flow(1.0)
+DIFFUSION = Schedule.variance_preserving(DDPMScheduler().alphas_cumprod, "epsilon")
+
+
+def test_what_does_not_go_with_the_models_noise_is_refused(tmp_path: Path) -> None:
+    def check(schedule: Schedule, objective: dict[str, Any], **denoising: Any) -> None:
+        preflight.check_schedule(stored(tmp_path, objective, **denoising), SimpleNamespace(schedule=schedule))  # type: ignore[arg-type]
+
+    derived = {"name": "flow_dpo", "beta_schedule": "derived"}
+    for schedule in (FLOW, DIFFUSION):
+        check(schedule, {"name": "flow_dpo"}, timestep_min=999)
+        with pytest.raises(ConfigError, match=r"timestep_min: got 1000; the model has timesteps 0 to 999"):
+            check(schedule, {"name": "flow_dpo"}, timestep_min=1000)
+    check(FLOW, derived)
+    with pytest.raises(ConfigError, match=r"beta_schedule: got 'derived'; the model predicts epsilon"):
+        check(DIFFUSION, derived)
+
+
+@pytest.mark.parametrize("rollout", [{}, {"prompts": ["a"], "rewards": [REWARD], "samples_per_prompt": 2}])
+def test_timesteps_beyond_the_schedule_are_refused_with_data_and_with_prompts(
+    rollout: dict[str, Any], tmp_path: Path, tiny_config: Any
+) -> None:
+    data = {"data": {"sources": []}} if rollout else {}
+    config = tiny_config(
+        tmp_path / "run",
+        rollout=rollout,
+        denoising={"timestep_min": 1000, "timestep_sampling": "logit_normal"},
+        **data,
+    )
+    with pytest.raises(ConfigError, match=r"timestep_min: got 1000; the model has timesteps 0 to 999"):
+        train(config)
+    assert not (tmp_path / "run" / "cache").exists()
