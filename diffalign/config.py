@@ -238,8 +238,8 @@ class RolloutConfig:
         num_inference_steps: sampler steps of images.
         guidance_scale: of the sampler and, for trajectories, of the scores; 1 is none.
         eta: 0 samples deterministically (DDIM, Euler), 1 fully stochastically. null: 1 for trajectories, else 0.
-        shared_start: all images of a prompt start from the same noise. null: as the objective was published (D3PO: true; PSO:
-            false).
+        shared_start: all images of a prompt start from the same noise. null: as the objective was published (D3PO: true;
+            PSO: false).
         steps_per_sample: of every trajectory, how many of its steps are trained, drawn at random; null: all that have a
             density for trajectory objectives, and 1 for points on the way (Diffusion-DRO).
         first_step: the first sampler step that transition objectives train (SPO: 4 of 20).
@@ -321,7 +321,8 @@ class DenoisingConfig:
         noising: how the noisy latent of an image is made: "forward" adds noise; "ddim_inversion" runs the policy's DDIM
             sampler backwards without guidance, and the target is the noise that the result implies (DDIM-InPO);
             "renoise_inversion" corrects every step of it (SmPO). null: as the objective was published.
-        inversion_steps: levels of the inversion's grid (InPO's code: 10; SmPO's code: 5 for SD1.5, 10 for SDXL; its paper 9).
+        inversion_steps: levels of the inversion's grid (InPO's code: 10; SmPO's code: 5 for SD1.5, 10 for SDXL; its paper
+            9).
         inversion_noise: noise added after every step of the inversion, in units of the DDIM step's deviation (InPO's code:
             0.1, which its comment calls optional). Without any, the implied noise is the network's own and holds little
             that is not known to it.

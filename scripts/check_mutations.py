@@ -244,22 +244,22 @@ MUTATIONS = (
     Mutation(
         "best and worst trajectory exchanged",
         "diffalign/sampling/rollouts.py",
-        "sides = [0, 1] if tie else [best, worst]",
-        "sides = [0, 1] if tie else [worst, best]",
+        "x=latents[step][[best, worst]]",
+        "x=latents[step][[worst, best]]",
         ROLLOUTS,
     ),
     Mutation(
         "best and worst sampled image exchanged",
         "diffalign/sampling/rollouts.py",
-        "chosen=one.trajectory.clean[best]",
-        "chosen=one.trajectory.clean[worst]",
+        "latents=one.trajectory.clean[[best, worst]]",
+        "latents=one.trajectory.clean[[worst, best]]",
         ROLLOUTS,
     ),
     Mutation(
         "a transition scored one level late",
         "diffalign/sampling/rollouts.py",
-        "x_next=latents[step + 1][sides]",
-        "x_next=latents[step][sides]",
+        "x_next=latents[step + 1][[best, worst]]",
+        "x_next=latents[step][[best, worst]]",
         ROLLOUTS,
     ),
     Mutation(

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def mutations() -> ModuleType:
     place = importlib.util.spec_from_file_location("check_mutations", ROOT / "scripts" / "check_mutations.py")
-    assert place is not None and place.loader is not None
+    assert place is not None
+    assert place.loader is not None
     module = importlib.util.module_from_spec(place)
     sys.modules[place.name] = module  # dataclasses look their module up
     place.loader.exec_module(module)

@@ -95,11 +95,13 @@ class Batch:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested dataclasses and mappings with every tensor changed."""
+    """A copy of nested dataclasses, mappings and lists with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
         return {name: mapped(entry, change) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [mapped(entry, change) for entry in value]
     if hasattr(value, "__dataclass_fields__"):
         return type(value)(**{f.name: mapped(getattr(value, f.name), change) for f in fields(value)})
     return value

@@ -80,7 +80,12 @@ class DenoisingFamily(Family):
     resolution_step: ClassVar[int]  # image sides are multiples of this
     frame_step: ClassVar[int] = 0  # clips have 1 + a multiple of this many frames; 0: still images only
     unconditional: ClassVar[bool] = True  # False: distilled, without a branch for classifier-free guidance
+    linspace_sigmas: ClassVar[bool] = False  # the stock pipeline gives its scheduler sigmas evenly spaced from 1
     timestep_sampling: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"  # how the model was trained
+
+    def park(self, *parts: str) -> None:
+        """Free the device's memory of parts until they are loaded again. The base drops them."""
+        self.unload(*parts)
 
     @property
     def frames_per_second(self) -> int:

@@ -94,7 +94,11 @@ class PipelineFamily(DenoisingFamily):
         return {name for part in parts for name in table[part]} - self.absent
 
     def load(self, *parts: str) -> None:
-        wanted = (self._part_names(*parts) | {"scheduler"}) - set(self.parts)
+        names = self._part_names(*parts) | {"scheduler"}
+        for name in names & set(self.parts):
+            if isinstance(part := self.parts[name], nn.Module) and name != self.network_part:
+                part.to(self.device)  # it may have been parked
+        wanted = names - set(self.parts)
         if not wanted:
             return
         loaded = load_components(
@@ -135,6 +139,15 @@ class PipelineFamily(DenoisingFamily):
     def unload(self, *parts: str) -> None:
         for name in self._part_names(*parts):
             self.parts.pop(name, None)
+        self._free()
+
+    def park(self, *parts: str) -> None:
+        for name in self._part_names(*parts):
+            if isinstance(part := self.parts.get(name), nn.Module):
+                part.to("cpu")
+        self._free()
+
+    def _free(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

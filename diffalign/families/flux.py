@@ -40,6 +40,7 @@ class Flux(FlowFamily):
     text_parts = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
     architectures = ("flux1-dev", "flux1-schnell")
     unconditional = False
+    linspace_sigmas = True
     training_guidance: ClassVar[float] = 1.0
 
     @classmethod

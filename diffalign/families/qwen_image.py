@@ -46,6 +46,7 @@ class QwenImage(FlowFamily):
     resolution_step = 16
     text_parts = ("tokenizer", "text_encoder")
     architectures = ("qwen-image",)
+    linspace_sigmas = True
 
     @classmethod
     def pipeline_class(cls) -> Any:

@@ -15,7 +15,7 @@ from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, micro_b
 from diffalign.data.pipeline import is_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.data.prompts import load_prompts
-from diffalign.families import NETWORK, DenoisingFamily
+from diffalign.families import NETWORK, Conditioning, DenoisingFamily
 from diffalign.hardware import configure_network
 from diffalign.jobs import Job, weight_metric
 from diffalign.losses import EXO, Layout, LossOut
@@ -25,7 +25,8 @@ from diffalign.policy import Policy
 from diffalign.preflight import check_schedule
 from diffalign.references import Reference
 from diffalign.sampling import Sampler
-from diffalign.sampling.rollouts import AnyBatch, ImageRollouts, StepBatch, kind_of, noise_of, samples_images
+from diffalign.sampling.entries import StepBatch
+from diffalign.sampling.rollouts import AnyBatch, ImageRollouts, kind_of, noise_of, samples_images
 from diffalign.summary import objective_summary
 
 
@@ -45,10 +46,11 @@ class ImageJob(Job):
         self.kept: list[int] = []
         self.kept_out: list[int] = []
         prompts = load_prompts(config.rollout.prompts, config.rollout.num_prompts) if config.rollout.prompts else []
-        if not prompts:
+        own = bool(prompts)
+        if not own:
             prompts = self._prepare_pairs()
         if self.online:
-            self._prepare_prompts(prompts)
+            self._prepare_prompts(prompts, encode=own)
         self.sampler = self._sampler()
 
     def _prepare_pairs(self) -> list[str]:
@@ -81,11 +83,12 @@ class ImageJob(Job):
         self.data, self.dataset = data, dataset
         return list(dict.fromkeys(data.prompts[i] for i in self.kept))
 
-    def _prepare_prompts(self, prompts: list[str]) -> None:
-        """What is needed to sample images of prompts: a `Sampler` encodes them once."""
+    def _prepare_prompts(self, prompts: list[str], *, encode: bool) -> None:
+        """What is needed to sample images of prompts: a `Sampler` encodes those once that the data have not encoded."""
         config = self.config
-        frames = config.data.num_frames
-        self.asked = Sampler(self.family, prompts, config.sampling, config.data.resolution, self.autocast, frames)
+        frames, side, new = config.data.num_frames, config.data.resolution, prompts if encode else []
+        self.asked = Sampler(self.family, new, config.sampling, side, self.autocast, frames)
+        self.prompts = prompts
         if self.data is None:
             self.count = len(prompts)
         self.elements = math.prod(self.asked.latent_shape)
@@ -100,7 +103,7 @@ class ImageJob(Job):
 
     def identity(self) -> dict[str, Any]:
         if self.data is None:
-            digest = hashlib.sha256("\n".join(self.asked.prompts).encode()).hexdigest()[:16]
+            digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
             return {"effective_batch": self.effective_batch, "prompts": digest, "count": self.count}
         prompts = "\n".join(self.data.prompts[i] for i in self.kept)
         return {
@@ -124,6 +127,12 @@ class ImageJob(Job):
             self.config, self.run_dir, self.family, self.sampler, summary=self.summary(), latent_elements=self.elements
         )
 
+    def _prompt_text(self, index: int) -> Conditioning:
+        """Conditioning of a prompt that is sampled, without a batch axis."""
+        if self.data is not None:
+            return self.data.text(self.prompts[index])
+        return {name: value[0] for name, value in self.asked.conditioning[index].items()}
+
     def _rollouts(self) -> ImageRollouts:
         side = self.asked.side
         return ImageRollouts(
@@ -131,8 +140,8 @@ class ImageJob(Job):
             self.family,
             self.policy,
             self.accelerator,
-            prompts=self.asked.prompts,
-            encoded=self.asked.conditioning,
+            prompts=self.prompts,
+            text=self._prompt_text,
             negative=self.asked.negative,
             latent_shape=self.asked.latent_shape,
             image=self.family.image_conditioning((side, side), (0, 0), (side, side)),

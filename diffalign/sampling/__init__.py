@@ -89,7 +89,7 @@ class Sampler:
                 done.append((images * 255).round().to(torch.uint8))
                 progress(len(chunk))
         if self.family.device.type != "cpu":
-            self.family.unload(DECODER)  # the device's memory belongs to training
+            self.family.park(DECODER)  # the device's memory belongs to training
         return torch.cat(done)
 
 

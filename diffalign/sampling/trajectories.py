@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,7 +77,10 @@ def make_grid(family: DenoisingFamily, scheduler: Any, steps: int, latent_shape:
         more = {}
         if made.config.get("use_dynamic_shifting", False):
             more["mu"] = dynamic_shift(made.config, latent_shape)
-        made.set_timesteps(steps, **more)
+        if family.linspace_sigmas and not made.config.get("use_flow_sigmas", False):
+            made.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **more)
+        else:
+            made.set_timesteps(steps, **more)
         sigmas = made.sigmas.float().cpu()
         if len(sigmas) == len(made.timesteps):
             sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
@@ -84,7 +88,7 @@ def make_grid(family: DenoisingFamily, scheduler: Any, steps: int, latent_shape:
         timesteps = (sigmas[:-1, None] - schedule.sigmas[None]).abs().argmin(1)
         return Grid(times, 1 - sigmas, sigmas, timesteps, schedule.prediction_type)
     made.set_timesteps(steps)
-    times = made.timesteps.long().cpu()
+    times = made.timesteps.long().cpu().unique_consecutive()  # PNDM takes its second step twice
     alphas = schedule.alphas[times]
     final = torch.ones(1) if made.config.get("set_alpha_to_one", True) else schedule.alphas[:1]
     levels = torch.cat([alphas, final])
@@ -156,6 +160,7 @@ def sample(
     draw: Callable[[int], Tensor] | None = None,
     *,
     keep: bool = True,
+    outputs: bool = True,
 ) -> Trajectory:
     """Sample N latents.
 
@@ -166,9 +171,10 @@ def sample(
         eta: 0 deterministic, 1 fully stochastic.
         draw: standard normal noise of a step, (N, ...), where eta > 0.
         keep: False keeps the clean latents alone.
+        outputs: False forgets the predictions.
     """
     x = noise  # samplers start from unit variance, whatever little signal the noisiest level still has
-    latents, outputs = [x], []
+    latents, predicted = [x], []
     for number in range(len(grid)):
         output = predict(x, grid.times[number].to(x.device).expand(len(x))).float()
         deviation = torch.full((len(x),), grid.deviation(number, eta), device=x.device)
@@ -178,5 +184,6 @@ def sample(
             x = x + append_dims(deviation, x) * draw(number).to(x)
         if keep:
             latents.append(x)
-            outputs.append(output)
-    return Trajectory(latents, outputs) if keep else Trajectory([x], [])
+        if keep and outputs:
+            predicted.append(output)
+    return Trajectory(latents if keep else [x], predicted)

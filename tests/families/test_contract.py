@@ -31,6 +31,7 @@ from diffalign.families import DECODER, ENCODERS, NETWORK, Conditioning, Denoisi
 from diffalign.families._pipeline import PipelineFamily
 from diffalign.policy import Policy
 from diffalign.prediction import add_noise, convert, target
+from diffalign.sampling.trajectories import make_grid
 
 HEIGHT, WIDTH = 32, 64
 PROMPTS = ["a red circle", "a blue square on a red circle moves on a blue square"]
@@ -428,6 +429,21 @@ class Records(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.texts.append(record.getMessage())
+
+
+def test_rollouts_take_the_levels_of_the_stock_pipeline(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = case.stock.scheduler
+    seen: list[list[float]] = []
+    original = type(scheduler).set_timesteps
+
+    def set_timesteps(self: Any, *args: Any, **more: Any) -> None:
+        original(self, *args, **more)
+        seen.append([float(t) for t in self.timesteps])
+
+    monkeypatch.setattr(type(scheduler), "set_timesteps", set_timesteps)
+    case.call_stock(SamplingConfig(num_inference_steps=3, guidance_scale=1.0), case.noise())
+    grid = make_grid(case.family, case.family.stock_scheduler(), 3, case.shape())
+    assert grid.times.tolist() == pytest.approx(list(dict.fromkeys(seen[0])), rel=1e-4)
 
 
 def test_encoding_and_sampling_say_nothing(case: Case, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import checkpoint
-from diffalign.data.batch import PairBatch, RowBatch
+from diffalign.data.batch import PairBatch, RowBatch, mapped
 from diffalign.errors import ConfigError
 from diffalign.jobs.image import ImageJob
 from diffalign.metrics import read_rows
-from diffalign.sampling.rollouts import StepBatch
-from diffalign.sampling.trajectories import log_density
+from diffalign.sampling import rollouts as rollouts_module
+from diffalign.sampling.entries import Sampled, StepBatch
+from diffalign.sampling.rollouts import ImageRollouts
+from diffalign.sampling.trajectories import Trajectory, log_density
 from diffalign.trainer import train
 
 REWARD = """
@@ -96,6 +100,36 @@ def losses_of(folder: Path) -> list[float]:
     return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
+def processes(job: ImageJob, count: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """The entries of round 0 in each of `count` processes with micro-batches of `batch`."""
+    config = replace(job.config, training=replace(job.config.training, train_batch_size=batch))
+    old = job.rollouts
+    others = []
+    for rank in range(count):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=count, device=torch.device("cpu"))
+        made = ImageRollouts(
+            config,
+            old.family,
+            old.policy,
+            accelerator,
+            prompts=old.prompts,
+            text=old.text,
+            negative=old.negative,
+            latent_shape=old.latent_shape,
+            image=old.image,
+            winners=old.winners,
+            kept=old.kept,
+        )
+        others.append(made)
+    parts: list[Any] = []
+    monkeypatch.setattr(rollouts_module, "gather_object", lambda found: parts.append(found) or found)
+    for one in others:
+        one._make(0)
+    everything = [entry for part in parts for entry in part]
+    monkeypatch.setattr(rollouts_module, "gather_object", lambda found: everything)
+    return [one._make(0) for one in others]
+
+
 def decoded_mean(job: ImageJob, latents: torch.Tensor) -> torch.Tensor:
     return job.family.decode_latents(latents).mean((1, 2, 3))
 
@@ -145,7 +179,7 @@ def test_transitions_start_at_ratio_one_and_their_scores_are_densities(run: Any,
 def test_both_trajectories_of_d3po_start_from_the_same_noise_and_those_of_pso_do_not(run: Any, seen: list[Any]) -> None:
     for name, shared in (("d3po", True), ("pso", False)):
         seen.clear()
-        run(name, name, rollout={"shared_start": shared, "steps_per_sample": 3}, training={"train_batch_size": 9})
+        run(name, name, rollout={"steps_per_sample": 3}, training={"train_batch_size": 9})
         _, batch, _ = seen[0]
         first = [i for i in range(len(batch)) if int(batch.step[i]) == 0]
         assert first
@@ -177,6 +211,15 @@ def test_groups_keep_together_and_have_noise_of_their_own(run: Any, seen: list[A
     assert not torch.equal(batch.content.noise[0], batch.content.noise[1])
 
 
+def test_the_best_is_the_one_with_the_largest_reward(run: Any, seen: list[Any]) -> None:
+    run("run", "sft", training={"train_batch_size": 3})
+    reward = torch.tensor([0.1, 0.7, 0.4])
+    one = Sampled(
+        id="x", prompt=0, trajectory=Trajectory([torch.zeros(3, 1)], []), reward=reward, rewards=reward[:, None]
+    )
+    assert seen[0][0].rollouts._chosen(one, 0).numbers == [1]
+
+
 @pytest.mark.parametrize("select", ["best", "bradley_terry"])
 def test_an_objective_on_chosen_images_learns_from_one_of_a_group(run: Any, seen: list[Any], select: str) -> None:
     run(
@@ -195,15 +238,12 @@ def test_an_objective_on_chosen_images_learns_from_one_of_a_group(run: Any, seen
 def test_people_choose_in_proportion_to_the_exponential_of_the_reward(run: Any, seen: list[Any]) -> None:
     run("run", "sft", rollout={"select": "bradley_terry", "select_temperature": 0.5}, training={"train_batch_size": 3})
     job, _, _ = seen[0]
-    from diffalign.sampling.rollouts import Sampled
-    from diffalign.sampling.trajectories import Trajectory
-
     reward = torch.tensor([0.0, 0.5])
     counts = torch.zeros(2)
     for n in range(800):
         x = torch.stack([torch.zeros(job.rollouts.latent_shape), torch.ones(job.rollouts.latent_shape)])
         one = Sampled(prompt=0, id=f"x{n}", trajectory=Trajectory([x], []), reward=reward, rewards=reward[:, None])
-        counts[int(job.rollouts._chosen(one, 0).content.x0.mean())] += 1
+        counts[job.rollouts._chosen(one, 0).numbers[0]] += 1
     share = float(counts[1] / 800)  # e^1 / (1 + e^1) = 0.731
     assert share == pytest.approx(0.731, abs=0.05)
 
@@ -237,6 +277,18 @@ def test_points_on_the_policys_way_have_its_predictions_as_targets(run: Any, see
     assert batch.t.tolist() == rows.t[4:].tolist()
 
 
+def test_a_dropped_prompt_is_dropped_in_the_sample_too(run: Any, seen: list[Any]) -> None:
+    dropping = {"proportion_empty_prompts": 0.5}
+    run("run", "dro", online=False, denoising=dropping, training={"train_batch_size": 8, "max_train_steps": 1})
+    job, batch, out = seen[0]
+    empty = job.data.text("")
+    name = max(empty, key=lambda key: empty[key].ndim)
+    dropped = [torch.equal(text, empty[name].float()) for text in batch.text[name]]
+    assert True in dropped
+    assert False in dropped
+    torch.testing.assert_close(out.metrics["error/rejected"], torch.zeros(8), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo"])
 def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_path: Path) -> None:
     settings = {} if objective == "d3po" else {"beta": 50.0}
@@ -251,11 +303,46 @@ def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_pa
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "d3po"])
+def test_a_round_may_be_cut_otherwise_when_it_is_resumed(run: Any) -> None:
+    settings, rollout = {"beta": 50.0}, {"steps_per_generation": 4}
+    training = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 6}
+    whole = run("whole", "dpo", settings=settings, rollout=rollout, training=training)
+    run("part", "dpo", settings=settings, rollout=rollout, training=training | {"max_train_steps": 2})
+    again = training | {"resume_from_checkpoint": "latest", "train_batch_size": 2, "gradient_accumulation_steps": 3}
+    part = run("part", "dpo", settings=settings, rollout=rollout, training=again)
+    assert losses_of(part) == pytest.approx(losses_of(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "gdpo", "d3po", "spo", "seppo", "dro"])
+def test_a_round_is_the_same_on_one_process_and_on_two(
+    run: Any, seen: list[Any], monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    settings = {"beta": 50.0} if objective in ("dpo", "gdpo", "seppo") else {}
+    rollout = {"reward_scale": 1000.0} if objective == "spo" else {"steps_per_sample": 2} if objective == "dro" else {}
+    online = objective not in ("seppo", "dro")
+    run("run", objective, settings=settings, rollout=rollout, online=online, training={"max_train_steps": 1})
+    job = seen[0][0]
+    (alone,) = processes(job, 1, 12, monkeypatch)
+    first, second = processes(job, 2, 6, monkeypatch)
+    assert [e.id for e in first + second] == [e.id for e in alone]
+    for a, b in zip(first + second, alone, strict=True):
+        for name in ("latents", "x", "x_next", "x_t", "target", "weight"):
+            if getattr(b, name, None) is not None:
+                torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-4)
+    # micro-batches are dealt in turn
+    first, second = processes(job, 2, 2 if objective == "gdpo" else 3, monkeypatch)
+    (alone,) = processes(job, 1, 4 if objective == "gdpo" else 6, monkeypatch)
+    half = len(alone) // 2
+    assert [e.id for e in first] == [e.id for e in alone[:half]]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "d3po", "spo"])
 def test_cutting_a_step_into_micro_batches_changes_nothing(run: Any, objective: str) -> None:
-    settings = {} if objective == "d3po" else {"beta": 50.0}
-    whole = run("whole", objective, settings=settings)
-    cut = run("cut", objective, settings=settings, training={"train_batch_size": 2, "gradient_accumulation_steps": 3})
+    settings = {"beta": 50.0} if objective == "dpo" else {}
+    rollout = {"reward_scale": 100.0} if objective == "spo" else {}
+    whole = run("whole", objective, settings=settings, rollout=rollout)
+    training = {"train_batch_size": 2, "gradient_accumulation_steps": 3}
+    cut = run("cut", objective, settings=settings, rollout=rollout, training=training)
     for a, b in zip(losses_of(whole), losses_of(cut), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
@@ -265,6 +352,46 @@ def test_a_second_pass_over_a_round_draws_new_noise_for_the_same_images(run: Any
     (_, first, _), (_, second, _) = seen
     assert torch.equal(first.chosen, second.chosen)
     assert not torch.equal(first.noise, second.noise)
+
+
+@pytest.mark.parametrize("noise", ["shared", "independent"])
+def test_a_second_pass_keeps_to_the_rule_of_the_first(run: Any, seen: list[Any], noise: str) -> None:
+    """Both images of a pair, and all of a group, share their noise, or each has its own."""
+    more = {"settings": {"beta": 50.0}, "rollout": {"num_iterations": 2}, "denoising": {"noise": noise}}
+    run("pairs", "dpo", **more)
+    run("groups", "rebel", **more)
+    pairs, groups = [batch for _, batch, _ in seen[:2]], [batch for _, batch, _ in seen[2:]]
+    assert len(groups) == 2
+    for batch in pairs:
+        assert (batch.rejected_noise is not None) == (noise == "independent")
+    if noise == "independent":
+        assert not torch.equal(pairs[0].rejected_noise, pairs[1].rejected_noise)
+        assert pairs[0].rejected_t.tolist() != pairs[1].rejected_t.tolist()
+    for batch in groups:
+        rows = batch.content
+        assert torch.equal(rows.noise[0], rows.noise[1]) == (noise == "shared")
+        assert not torch.equal(rows.noise[0], rows.noise[2])
+    assert not torch.equal(groups[0].content.noise, groups[1].content.noise)
+
+
+def test_rewards_of_capo_are_win_rates_within_a_prompt(run: Any, seen: list[Any]) -> None:
+    run("run", "capo", settings={"beta": 50.0}, rollout={"samples_per_prompt": 3}, training={"train_batch_size": 3})
+    _, batch, _ = seen[0]
+    win, lose = batch.chosen_reward, batch.rejected_reward
+    # the best of three wins more often than not, the worst less; brightness alone is near one half for both
+    assert ((win > 0.5) & (lose < 0.5)).all()
+
+
+def test_a_small_batch_of_the_sampler_splits_a_group(run: Any, seen: list[Any]) -> None:
+    for size in (1, 64):
+        run(f"run{size}", "dpo", settings={"beta": 50.0}, sampling={"batch_size": size})
+    (_, one, _), _, (_, many, _), _ = seen
+    torch.testing.assert_close(one.chosen, many.chosen, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_a_round_stays_where_it_was_sampled() -> None:
+    made = mapped(Trajectory([torch.zeros(1)], [torch.ones(1)]), lambda x: x.double())
+    assert made.latents[0].dtype == made.outputs[0].dtype == torch.float64
 
 
 def test_forwards_are_counted(run: Any) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from diffalign.prediction import convert
 from diffalign.sampling.trajectories import Grid, log_density, make_grid, next_mean, sample
@@ -15,6 +15,8 @@ SHAPE = (3, 4, 4)
 
 class Model:
     """A family as far as the sampler knows it, with a fixed linear network."""
+
+    linspace_sigmas = False
 
     def __init__(self, scheduler, prediction):
         self.scheduler = scheduler
@@ -179,3 +181,18 @@ def test_what_is_not_kept_changes_nothing():
 def test_a_stochastic_run_needs_noise():
     with pytest.raises(AssertionError, match="needs noise"):
         sample(network, flow().grid(4), noise(), 1.0)
+
+
+def test_no_step_of_a_grid_stays_where_it_is():
+    """Stable Diffusion 1.5's own scheduler has its second timestep twice."""
+    scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    grid = Model(scheduler, "epsilon").grid(5)
+    assert (grid.times.diff() < 0).all()
+    assert all(grid.deviation(k, 1.0) > 0 for k in range(len(grid) - 1))
+
+
+def test_predictions_are_kept_only_where_they_are_wanted():
+    grid = ddim().grid(3)
+    made = sample(network, grid, noise(), 0.0, outputs=False)
+    assert len(made.latents) == 4
+    assert made.outputs == []

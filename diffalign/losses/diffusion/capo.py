@@ -80,8 +80,8 @@ class CaPO(Directed, BetaObjective):
 
     (R_w - R_l - beta (r_w - r_l))^2 with r = w_t (e_ref - e), w_t = sigma(b - log_snr). R, in `pairs.reward_w` and
     `pairs.reward_l`, are win rates already; several columns are averaged. A run with `rollout.rewards` makes them of its
-    samples (`capo.calibrated_rewards`) and draws pairs from the frontiers; stored rewards are taken as they are. Where the target is
-    reached the pair stops, so nothing drives margins to infinity. The loss starts at the mean of (R_w - R_l)^2.
+    samples (`capo.calibrated_rewards`) and draws pairs from the frontiers; stored rewards are taken as they are. Where the
+    target is reached the pair stops, so nothing drives margins to infinity. The loss starts at the mean of (R_w - R_l)^2.
 
     Attributes:
         weighting: "sigmoid": w_t as above, or "none": 1.

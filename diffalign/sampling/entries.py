@@ -1,0 +1,164 @@
+"""What a round of sampled training data holds: latents and rewards on the CPU, without conditioning, timesteps or noise.
+
+Those are joined when an entry comes into a micro-batch, so that a round takes little memory and goes into a checkpoint
+whole, a later pass draws anew, and a resumed run may cut its steps into other micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from diffalign.data.batch import Batch
+from diffalign.losses import Layout
+from diffalign.sampling.trajectories import Trajectory
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """K images of a prompt.
+
+    Attributes:
+        id: a text that no other prompt of the round has.
+        prompt: its number; of objectives on the data's winners, the place of the pair.
+        trajectory: latents (K, ...) at every level, or the clean ones alone.
+        reward: weighted sum, (K,).
+        rewards: one column per reward model, (K, R).
+    """
+
+    id: str
+    prompt: int
+    trajectory: Trajectory
+    reward: Tensor
+    rewards: Tensor
+
+    @property
+    def best_and_worst(self) -> tuple[int, int, bool]:
+        """Numbers of the images with the largest and the smallest reward, 0 and 1 if all are alike, and whether they are."""
+        best, worst = int(self.reward.argmax()), int(self.reward.argmin())
+        tie = bool(self.reward[best] == self.reward[worst])
+        return (0, 1, True) if tie else (best, worst, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledPair:
+    """Two images of a prompt, the better one first.
+
+    Attributes:
+        id: of the pair.
+        prompt: its number.
+        latents: clean, (2, ...).
+        rewards: (2, R).
+        p, weight: of the pair.
+    """
+
+    id: str
+    prompt: int
+    latents: Tensor
+    rewards: Tensor
+    p: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRows:
+    """Images of a prompt that stay together: all of a group, or the chosen one.
+
+    Attributes:
+        id: of the group.
+        prompt: its number.
+        numbers: of the images within the group.
+        latents: clean, (K, ...).
+        reward: weighted sum, (K,).
+        rewards: (K, R).
+        label: 1 for images to be liked, (K,).
+    """
+
+    id: str
+    prompt: int
+    numbers: list[int]
+    latents: Tensor
+    reward: Tensor
+    rewards: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledLoser:
+    """A sample that the chosen image of a data pair is compared with.
+
+    Attributes:
+        id: of the comparison.
+        place: of the pair among those trained on.
+        visit: counts the pair's earlier appearances.
+        latents: clean, (...).
+        step: of the sampler's grid, where a point on the way is the rejected row; else None.
+        x_t, target: there, the latents before the step and the sampler's prediction.
+    """
+
+    id: str
+    place: int
+    visit: int
+    latents: Tensor
+    step: int | None = None
+    x_t: Tensor | None = None
+    target: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transition:
+    """One step of two trajectories, the better one first.
+
+    Attributes:
+        id: of the pair.
+        prompt: its number.
+        step: number of the step in the grid.
+        x, x_next: latents before and after it, (2, ...).
+        rewards: (2, R).
+        p, weight: of the pair.
+    """
+
+    id: str
+    prompt: int
+    step: int
+    x: Tensor
+    x_next: Tensor
+    rewards: Tensor
+    p: float = 1.0
+    weight: float = 1.0
+
+
+Entry: TypeAlias = SampledPair | SampledRows | SampledLoser | Transition
+CLASSES: dict[str, Any] = {c.__name__: c for c in (SampledPair, SampledRows, SampledLoser, Transition)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch(Batch):
+    """P pairs of transitions: 2P rows, chosen first.
+
+    Attributes:
+        ids: of the pairs.
+        x, x_next: noisy latents before and after the step, (2P, C, ..., h, w).
+        step: number of the step in the sampler's grid, int64 (2P,).
+        t: the nearest timesteps, int64 (2P,), for metrics.
+        conditioning, negative: with and without the prompt, batch 2P.
+        layout: the pairs.
+    """
+
+    ids: tuple[str, ...]
+    x: Tensor
+    x_next: Tensor
+    step: Tensor
+    t: Tensor
+    conditioning: dict[str, Tensor]
+    negative: dict[str, Tensor]
+    layout: Layout
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def weight(self) -> Tensor | float:
+        return self.layout.need_pairs().weight
