@@ -166,6 +166,11 @@ def check_round(config: RunConfig) -> None:
             f"training.train_batch_size: got {size}; the images of a group stay together: expected a multiple of "
             f"rollout.samples_per_prompt {rollout.samples_per_prompt}"
         )
+    if objective.source == "on_policy" and rollout.guidance_scale != 1:
+        raise ConfigError(
+            f"rollout.guidance_scale: got {rollout.guidance_scale}; {objective.name!r} trains predictions with a prompt on "
+            "targets that the sampler predicted, so it samples without guidance: take 1"
+        )
     if objective.source in FROM_DATA:
         _check_sizes(config)
 

@@ -236,7 +236,7 @@ class RolloutConfig:
         policy: who samples images: "policy" as it is at the start of a round, or "reference". null: as the objective was
             published (SePPO: the reference).
         num_inference_steps: sampler steps of images.
-        guidance_scale: of the sampler and, for trajectories, of the scores; 1 is none.
+        guidance_scale: of the sampler and, for trajectories, of the scores; 1 is none. FLUX.1 [dev] is told it.
         eta: 0 samples deterministically (DDIM, Euler), 1 fully stochastically. null: 1 for trajectories, else 0.
         shared_start: all images of a prompt start from the same noise. null: as the objective was published (D3PO: true;
             PSO: false).

@@ -97,11 +97,7 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
         _rehearse(objective, _facts(config))
     check_errors(config)
     _check_image_rollout(config)
-    if config.rollout.guidance_scale != 1 and not family.unconditional:  # type: ignore[attr-defined]
-        raise ConfigError(
-            f"rollout.guidance_scale: got {config.rollout.guidance_scale}; models of family {config.model.family!r} are "
-            "distilled and have no unconditional branch; set it to 1"
-        )
+    family.check_guidance(config.model, config.rollout.guidance_scale)  # type: ignore[attr-defined]
 
 
 def _check_image_rollout(config: RunConfig) -> None:

@@ -215,3 +215,15 @@ def test_timesteps_beyond_the_schedule_are_refused_with_data_and_with_prompts(
     with pytest.raises(ConfigError, match=r"timestep_min: got 1000; the model has timesteps 0 to 999"):
         train(config)
     assert not (tmp_path / "run" / "cache").exists()
+
+
+@pytest.mark.parametrize(("name", "told"), [("flux1-dev", True), ("flux1-schnell", False)])
+def test_a_model_that_is_told_its_guidance_may_be_sampled_with_it(name: str, told: bool, tmp_path: Path) -> None:
+    model = {"family": "flux", "pretrained": name, "random_weights": True}
+    preflight.check(config_of("pairs", tmp_path, model=model))
+    guided = config_of("pairs", tmp_path, model=model, rollout={"guidance_scale": 3.5})
+    if told:
+        preflight.check(guided)
+        return
+    with pytest.raises(ConfigError, match=r"guidance_scale: got 3.5; models of family 'flux' are distilled"):
+        preflight.check(guided)

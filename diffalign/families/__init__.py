@@ -87,6 +87,30 @@ class DenoisingFamily(Family):
         """Free the device's memory of parts until they are loaded again. The base drops them."""
         self.unload(*parts)
 
+    @classmethod
+    def check_guidance(cls, config: ModelConfig, scale: float) -> None:
+        """Refuse a guidance scale of rollouts, as far as it is known before anything loads.
+
+        Raises:
+            ConfigError: the model cannot be sampled with it.
+        """
+        if scale != 1 and not cls.unconditional:
+            raise ConfigError(
+                f"rollout.guidance_scale: got {scale}; models of family {config.family!r} are distilled and have no "
+                "unconditional branch; set it to 1"
+            )
+
+    def guide(self, conditioning: Conditioning, scale: float) -> tuple[Conditioning, float]:
+        """Conditioning for a guidance scale, and the scale that remains for classifier-free guidance (1: none).
+
+        For most models that is all of it; those that are told their scale carry it in the conditioning.
+
+        Args:
+            conditioning: merged text and image conditioning with a batch axis.
+            scale: of guidance.
+        """
+        return conditioning, scale
+
     @property
     def frames_per_second(self) -> int:
         """How fast the clips play that it makes."""

@@ -2,8 +2,9 @@
 
 Latents are (B, 16, h, w) everywhere; 2 x 2 of them are packed into a token inside of `predict` and of the stock pipeline.
 The network is told t / 1000, in (0, 1]. Both models are distilled and have no unconditional branch: [dev] is told a
-guidance scale instead, which is `sampling.guidance_scale` when it samples and `training_guidance` when it is trained, as in
-public LoRA trainers; [schnell] has no such input, and `sampling.guidance_scale` does nothing there.
+guidance scale instead, which is `sampling.guidance_scale` when it samples, `rollout.guidance_scale` in rollouts (and for the
+scores of their transitions) and `training_guidance` when it is trained, as in public LoRA trainers; [schnell] has no such
+input, `sampling.guidance_scale` does nothing there, and `rollout.guidance_scale` is 1.
 
 Times are logit-normal, as FLUX.1 Kontext's report (arXiv 2506.15742) says of its training; how FLUX.1 itself was trained is
 not published (UNVERIFIED). [dev]'s shift by the size of an image is its sampler's alone. [schnell]'s model card has 256
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from diffalign.config import ModelConfig, SamplingConfig
 from diffalign.errors import ConfigError
 from diffalign.families import Conditioning
-from diffalign.families._loading import quiet
+from diffalign.families._loading import locate, network_config, quiet
 from diffalign.families._pipeline import FlowFamily
 from diffalign.families._transformers import check_architecture, check_channels, check_text_length, pack, unpack
 
@@ -32,7 +33,7 @@ class Flux(FlowFamily):
     """FLUX.1 dev and schnell. CLIP reads 77 tokens, T5 `model.max_sequence_length` (512).
 
     Class attributes:
-        training_guidance: the guidance scale that [dev] is told outside of the stock pipeline.
+        training_guidance: the guidance scale that [dev] is told where its conditioning does not say (`guide`).
     """
 
     title = "FLUX.1 dev / schnell (MMDiT; flow)"
@@ -58,6 +59,20 @@ class Flux(FlowFamily):
     def check_network(cls, config: Mapping[str, Any]) -> None:
         check_architecture(config, "flux", "FluxTransformer2DModel")
         check_channels(config.get("in_channels", 64), config.get("out_channels") or config.get("in_channels", 64))
+
+    @classmethod
+    def check_guidance(cls, config: ModelConfig, scale: float) -> None:
+        network = network_config(config, locate(config), cls.network_part)
+        if network is not None and not network.get("guidance_embeds"):  # what is not known yet is refused by `guide`
+            super().check_guidance(config, scale)
+
+    def guide(self, conditioning: Conditioning, scale: float) -> tuple[Conditioning, float]:
+        if not self._is_guided:
+            super().check_guidance(self.config, scale)
+            return conditioning, 1.0
+        hidden = conditioning["encoder_hidden_states"]
+        told = torch.full((len(hidden),), scale, dtype=torch.float32, device=hidden.device)
+        return conditioning | {"guidance": told}, 1.0
 
     @property
     def text_length(self) -> int:
@@ -96,12 +111,19 @@ class Flux(FlowFamily):
             encoder_hidden_states=hidden,
             pooled_projections=conditioning["pooled_projections"].to(x_t.dtype),
             timestep=t / 1000,
-            guidance=torch.full_like(t, self.training_guidance, dtype=torch.float32) if self._is_guided else None,
+            guidance=self._told(t, conditioning),
             txt_ids=torch.zeros(hidden.shape[1], 3, device=x_t.device),
             img_ids=positions(x_t),
             return_dict=False,
         )[0]
         return unpack(output, x_t.shape)
+
+    def _told(self, t: Tensor, conditioning: Conditioning) -> Tensor | None:
+        """The guidance scale that the network is told, (B,)."""
+        if not self._is_guided:
+            return None
+        told = conditioning.get("guidance")
+        return torch.full_like(t, self.training_guidance, dtype=torch.float32) if told is None else told
 
     @property
     def _is_guided(self) -> bool:

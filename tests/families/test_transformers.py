@@ -85,6 +85,13 @@ def test_flux_dev_is_told_its_guidance_and_schnell_none(open_tiny: Open, tmp_pat
         low = dev.predict(dev.network, x, t, text)
         dev.training_guidance = 3.5  # type: ignore[attr-defined]
         assert not torch.allclose(dev.predict(dev.network, x, t, text), low, atol=1e-4)
+        asked = dev.predict(dev.network, x, t, text)
+        dev.training_guidance = 1.0  # type: ignore[attr-defined]
+        told, remains = dev.guide(text, 3.5)
+        assert remains == 1.0  # there is no second branch
+        assert torch.equal(dev.predict(dev.network, x, t, told), asked)
+        assert torch.equal(dev.predict(dev.network, x, t, dev.guide(text, 1.0)[0]), low)
+    assert "guidance" not in text
     assert float(dev.schedule.sigmas[499]) == 0.5  # its shift depends on the size of an image: the sampler's
 
     tiny.build_flux(tmp_path, guidance_embeds=False)
@@ -96,6 +103,9 @@ def test_flux_dev_is_told_its_guidance_and_schnell_none(open_tiny: Open, tmp_pat
     assert torch.equal(*images)
     with torch.no_grad():
         assert schnell.predict(schnell.network, x, t, text).isfinite().all()
+    assert schnell.guide(text, 1.0) == (text, 1.0)
+    with pytest.raises(ConfigError, match=r"rollout\.guidance_scale: got 2\.0"):
+        schnell.guide(text, 2.0)
     with pytest.raises(ConfigError, match=r"negative_prompt: got 'blurry'; FLUX\.1 is distilled"):
         schnell.sample_latents(text, {}, x, SamplingConfig(negative_prompt="blurry"))
 
