@@ -2,12 +2,15 @@
 
     python scripts/benchmark_objectives.py --out runs/objectives --seeds 0 1 2 --jobs 2
     python scripts/benchmark_objectives.py --out runs/objectives --only demo_dpo demo_d3po --base tiny-sd3
-    python scripts/benchmark_objectives.py --out runs/objectives --table        # only the table, from what is there
+    python scripts/benchmark_objectives.py --table        # only the table, from docs/benchmarks/objectives.jsonl
 
 Equal footing: the same base, the same pairs and prompts by seed, the same evaluation prompts and noise, and the same
 number of *image forwards*: every image that goes through the network counts once, with or without gradient, of policy,
 reference, inversion and sampler alike. The steps of a config are scaled so that it spends the budget; what it spent in the
-end is in the table. A run that is there already is not repeated.
+end is in the table.
+
+Results are kept in docs/benchmarks/objectives.jsonl, one line a run, with the digest of the config that made it. A run whose
+line is there is not repeated; after a change of the config it is.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,6 +34,8 @@ from diffalign import statistics
 from diffalign.config import config_folder, read_tree
 
 ROOT = Path(__file__).resolve().parent.parent
+STORE = ROOT / "docs" / "benchmarks" / "objectives.jsonl"
+WRITING = Lock()
 BASES = {"tiny-sdxl": "sdxl", "tiny-sd3": "sd3"}
 BUDGET = 20_480  # image forwards: 320 steps of Diffusion-DPO on 16 pairs
 PROBE = "probe"
@@ -95,11 +102,40 @@ def train(name: str, changes: list[str], log: Path) -> int:
         return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
 
 
-def run(name: str, base: str, seed: int, folder: Path, budget: int, extra: list[str]) -> dict[str, Any] | None:
+def digest(name: str, budget: int, extra: list[str]) -> str:
+    """Of what a config trains."""
+    tree = read_tree(name)
+    what = [tree, budget, extra]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def stored(store: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in store.read_text().splitlines()] if store.is_file() else []
+
+
+def keep(store: Path, result: dict[str, Any]) -> None:
+    """Put a result in the place of an older one of the same run."""
+    with WRITING:
+        lines = [r for r in stored(store) if key_of(r) != key_of(result)] + [result]
+        lines.sort(key=key_of)
+        store.write_text("".join(json.dumps(r, sort_keys=True) + "\n" for r in lines))
+
+
+def key_of(result: dict[str, Any]) -> tuple[str, str, int]:
+    return result["base"], result["demo"], result["seed"]
+
+
+def run(
+    name: str, base: str, seed: int, folder: Path, budget: int, extra: list[str], store: Path
+) -> dict[str, Any] | None:
     """One demo at the budget; its result, or None if it failed."""
     out = folder / f"{name}-{base}-{seed}"
-    if (out / "result.json").is_file():
-        return read(out)
+    mark = digest(name, budget, extra)
+    for result in stored(store):
+        if key_of(result) == (base, name, seed) and result["config"] == mark:
+            return result
+    if out.exists():
+        shutil.rmtree(out)
     changes = overrides_for(name, base, seed, out) + extra
     tree = read_tree(name)
     steps = int(tree["training"]["max_train_steps"])
@@ -111,7 +147,8 @@ def run(name: str, base: str, seed: int, folder: Path, budget: int, extra: list[
     if code:
         print(f"{out.name}: exit status {code}, see {folder / f'{out.name}.log'}", flush=True)
         return None
-    result = read(out)
+    result = {"demo": name, "base": base, "seed": seed, "config": mark} | read(out)
+    keep(store, result)
     print(f"{out.name}: {line(result)}", flush=True)
     return result
 
@@ -140,16 +177,20 @@ def forwards_per_step(name: str, base: str, seed: int, folder: Path, changes: li
 
 
 def read(out: Path) -> dict[str, Any]:
-    """A run's result with the scores behind it."""
+    """What the table needs of a run, with the scores behind it."""
     result = json.loads((out / "result.json").read_text())
-    result["scores"] = json.loads((out / "scores.json").read_text())[result["metric"]]
-    return dict(result)
+    scores = json.loads((out / "scores.json").read_text())[result["metric"]]
+    wanted = ("metric", "drift", "diversity", "held_out_implicit_acc", "steps", "image_forwards", "train_seconds")
+    found = {name: result[name] for name in wanted if name in result}
+    found["verifier_gain"] = next(x["gain"] for x in result["rewards"] if x["reward"] == "world_verifier")
+    found["scores"] = {who: np.round(np.array(scores[who]), 4).tolist() for who in ("base", "aligned")}
+    return found
 
 
 def line(result: dict[str, Any]) -> str:
-    low, high = result["gain_ci95"]
+    gain, rate = compared([result])
     return (
-        f"gain {result['gain']:+.3f} [{low:+.3f}, {high:+.3f}], win rate {result['win_rate']:.3f}, "
+        f"gain {gain.mean:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}], win rate {rate.rate:.3f}, "
         f"{result['image_forwards']} forwards, {result['train_seconds']:.0f} s, drift {result['drift']:.3f}"
     )
 
@@ -157,29 +198,33 @@ def line(result: dict[str, Any]) -> str:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def table(folder: Path) -> str:
-    """Markdown rows, by base and then by gain; intervals by a bootstrap over prompts, seeds of a prompt together."""
+def compared(results: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """Gain and win rate over runs. Seeds are other pairs, noise and adapters; the captions are the same."""
+    # (captions, images of all seeds): the bootstrap draws captions, and a caption keeps what all seeds made of it.
+    base = np.concatenate([np.array(r["scores"]["base"]) for r in results], axis=1)
+    aligned = np.concatenate([np.array(r["scores"]["aligned"]) for r in results], axis=1)
+    return statistics.mean_gain(base, aligned), statistics.win_rate(base, aligned)
+
+
+def table(store: Path) -> str:
+    """Markdown rows, by base and then by gain; intervals by a bootstrap over captions, seeds of a caption together."""
     parts = []
+    everything = stored(store)
     for base in BASES:
         rows = []
         for name in configs():
-            found = [r for r in sorted(folder.glob(f"{name}-{base}-*")) if (r / "result.json").is_file()]
-            if not found:
+            results = [r for r in everything if r["base"] == base and r["demo"] == name]
+            if not results:
                 continue
-            results = [read(path) for path in found]
-            # One row per prompt and seed: seeds are other noise, other pairs and other adapters of the same method.
-            base_scores = np.concatenate([np.array(r["scores"]["base"]) for r in results])
-            aligned = np.concatenate([np.array(r["scores"]["aligned"]) for r in results])
-            gain, rate = statistics.mean_gain(base_scores, aligned), statistics.win_rate(base_scores, aligned)
-            seeds = ", ".join(f"{r['gain']:+.3f}" for r in results)
-            verifier = [x for r in results for x in r["rewards"] if x["reward"] == "world_verifier"]
+            gain, rate = compared(results)
+            seeds = ", ".join(f"{compared([r])[0].mean:+.3f}" for r in results)
             accuracy = [r["held_out_implicit_acc"] for r in results if "held_out_implicit_acc" in r]
             wide = [r["diversity"]["aligned"] / r["diversity"]["base"] for r in results if r.get("diversity")]
             numbers = [
                 f"{gain.mean:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}]",
                 seeds,
                 f"{rate.rate:.3f} [{rate.ci_low:.3f}, {rate.ci_high:.3f}]",
-                f"{mean([x['gain'] for x in verifier]):+.3f}",
+                f"{mean([r['verifier_gain'] for r in results]):+.3f}",
                 f"{mean([r['drift'] for r in results]):.3f}",
                 f"{mean(wide):.2f}",
                 f"{mean(accuracy):.2f}" if accuracy else "–",
@@ -200,7 +245,8 @@ def mean(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of the runs")
+    parser.add_argument("--store", type=Path, default=STORE, help="file of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=None, help="names of demos; all of them otherwise")
     parser.add_argument("--base", choices=sorted(BASES), nargs="+", default=["tiny-sdxl"])
@@ -211,12 +257,12 @@ def main() -> None:
     parser.add_argument("--write", type=Path, default=None, help="put the table between the marks of this page")
     args = parser.parse_args()
     args.out = args.out.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
+        args.out.mkdir(parents=True, exist_ok=True)
         todo = [(n, b, s) for s in args.seeds for b in args.base for n in args.only or configs()]
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: run(*job, args.out, args.budget, args.set), todo))
-    text = table(args.out)
+            list(pool.map(lambda job: run(*job, args.out, args.budget, args.set, args.store), todo))
+    text = table(args.store)
     if args.write is None:
         print(text)
         return

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -436,6 +437,7 @@ def test_rollouts_take_the_levels_of_the_stock_pipeline(case: Case, monkeypatch:
     seen: list[list[float]] = []
     original = type(scheduler).set_timesteps
 
+    @functools.wraps(original)  # pipelines ask what it accepts
     def set_timesteps(self: Any, *args: Any, **more: Any) -> None:
         original(self, *args, **more)
         seen.append([float(t) for t in self.timesteps])
