@@ -2,12 +2,13 @@
 
     python scripts/benchmark_objectives.py --out runs/objectives --seeds 0 1 2 --jobs 2
     python scripts/benchmark_objectives.py --out runs/objectives --only demo_dpo demo_d3po --base tiny-sd3
+    python scripts/benchmark_objectives.py --steps 40 80 120 --only demo_dpo demo_ddim_inpo --set training.learning_rate=3e-4
     python scripts/benchmark_objectives.py --table        # only the table, from docs/benchmarks/objectives.jsonl
 
 Equal footing: the same base, the same pairs and prompts by seed, the same evaluation prompts and noise, and the same
 number of *image forwards*: every image that goes through the network counts once, with or without gradient, of policy,
 reference, inversion and sampler alike. The steps of a config are scaled so that it spends the budget; what it spent in the
-end is in the table.
+end is in the table. `--steps` asks for numbers of steps instead, for curves.
 
 Results are kept in docs/benchmarks/objectives.jsonl, one line a run, with the digest of the config that made it. A run whose
 line is there is not repeated; after a change of the config it is.
@@ -102,10 +103,9 @@ def train(name: str, changes: list[str], log: Path) -> int:
         return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
 
 
-def digest(name: str, budget: int, extra: list[str]) -> str:
+def digest(name: str, budget: int, extra: list[str], steps: int | None = None) -> str:
     """Of what a config trains."""
-    tree = read_tree(name)
-    what = [tree, budget, extra]
+    what = [read_tree(name), budget if steps is None else f"{steps} steps", extra]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -121,33 +121,34 @@ def keep(store: Path, result: dict[str, Any]) -> None:
         store.write_text("".join(json.dumps(r, sort_keys=True) + "\n" for r in lines))
 
 
-def key_of(result: dict[str, Any]) -> tuple[str, str, int]:
-    return result["base"], result["demo"], result["seed"]
+def key_of(result: dict[str, Any]) -> tuple[str, str, int, int]:
+    return result["base"], result["demo"], result["seed"], result.get("asked_steps") or 0
 
 
 def run(
-    name: str, base: str, seed: int, folder: Path, budget: int, extra: list[str], store: Path
+    name: str, base: str, seed: int, asked: int | None, folder: Path, budget: int, extra: list[str], store: Path
 ) -> dict[str, Any] | None:
-    """One demo at the budget; its result, or None if it failed."""
-    out = folder / f"{name}-{base}-{seed}"
-    mark = digest(name, budget, extra)
+    """One demo at the budget, or for a number of steps; its result, or None if it failed."""
+    out = folder / (f"{name}-{base}-{seed}" + ("" if asked is None else f"-steps{asked}"))
+    mark = digest(name, budget, extra, asked)
     for result in stored(store):
-        if key_of(result) == (base, name, seed) and result["config"] == mark:
+        if key_of(result) == (base, name, seed, asked or 0) and result["config"] == mark:
             return result
     if out.exists():
         shutil.rmtree(out)
     changes = overrides_for(name, base, seed, out) + extra
-    tree = read_tree(name)
-    steps = int(tree["training"]["max_train_steps"])
-    per_step = forwards_per_step(name, base, seed, folder, changes)
-    steps = max(1, round(budget / per_step))
-    every = int(tree.get("rollout", {}).get("steps_per_generation", 1))
-    steps = max(every, steps // every * every)
+    steps = asked
+    if steps is None:
+        steps = max(1, round(budget / forwards_per_step(name, base, seed, folder, changes)))
+        every = int(read_tree(name).get("rollout", {}).get("steps_per_generation", 1))
+        steps = max(every, steps // every * every)
     code = train(name, [*changes, f"training.max_train_steps={steps}"], folder / f"{out.name}.log")
     if code:
         print(f"{out.name}: exit status {code}, see {folder / f'{out.name}.log'}", flush=True)
         return None
     result = {"demo": name, "base": base, "seed": seed, "config": mark} | read(out)
+    if asked is not None:
+        result |= {"asked_steps": asked, "set": extra}
     keep(store, result)
     print(f"{out.name}: {line(result)}", flush=True)
     return result
@@ -209,7 +210,7 @@ def compared(results: list[dict[str, Any]]) -> tuple[Any, Any]:
 def table(store: Path) -> str:
     """Markdown rows, by base and then by gain; intervals by a bootstrap over captions, seeds of a caption together."""
     parts = []
-    everything = stored(store)
+    everything = [r for r in stored(store) if "asked_steps" not in r]
     for base in BASES:
         rows = []
         for name in configs():
@@ -239,6 +240,25 @@ def table(store: Path) -> str:
     return "\n\n".join(parts)
 
 
+def curves(store: Path) -> str:
+    """Markdown rows of gain by number of steps."""
+    found = [r for r in stored(store) if "asked_steps" in r]
+    lines = ["| base | objective | steps | gain, 95 % interval | by seed | forwards |", "| --- " * 6 + "|"]
+    for base, demo, steps in sorted({(r["base"], r["demo"], r["asked_steps"]) for r in found}):
+        results = [r for r in found if (r["base"], r["demo"], r["asked_steps"]) == (base, demo, steps)]
+        gain, _ = compared(results)
+        cells = [
+            f"`{base}`",
+            f"`{demo.removeprefix('demo_')}`",
+            str(steps),
+            f"{gain.mean:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}]",
+            ", ".join(f"{compared([r])[0].mean:+.3f}" for r in results),
+            f"{mean([r['image_forwards'] for r in results]):,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
@@ -251,6 +271,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=None, help="names of demos; all of them otherwise")
     parser.add_argument("--base", choices=sorted(BASES), nargs="+", default=["tiny-sdxl"])
     parser.add_argument("--budget", type=int, default=BUDGET, help="image forwards of a run")
+    parser.add_argument("--steps", type=int, nargs="+", default=[None], help="numbers of steps, in place of the budget")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--set", nargs="+", default=[], help="further overrides of every run")
     parser.add_argument("--table", action="store_true", help="only write the table")
@@ -259,17 +280,20 @@ def main() -> None:
     args.out = args.out.resolve()
     if not args.table:
         args.out.mkdir(parents=True, exist_ok=True)
-        todo = [(n, b, s) for s in args.seeds for b in args.base for n in args.only or configs()]
+        names = args.only or configs()
+        todo = [(n, b, s, k) for s in args.seeds for b in args.base for k in args.steps for n in names]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: run(*job, args.out, args.budget, args.set, args.store), todo))
-    text = table(args.store)
-    if args.write is None:
-        print(text)
-        return
-    start, end = "<!-- objectives:start -->", "<!-- objectives:end -->"
-    page = args.write.read_text()
-    before, after = page[: page.index(start) + len(start)], page[page.index(end) :]
-    args.write.write_text(f"{before}\n{text}\n{after}")
+    page = "" if args.write is None else args.write.read_text()
+    for mark, text in (("objectives", table(args.store)), ("steps", curves(args.store))):
+        if args.write is None:
+            print(text)
+            continue
+        start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
+        before, after = page[: page.index(start) + len(start)], page[page.index(end) :]
+        page = f"{before}\n{text}\n{after}"
+    if args.write is not None:
+        args.write.write_text(page)
 
 
 if __name__ == "__main__":
