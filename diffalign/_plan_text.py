@@ -39,6 +39,10 @@ def _item(plan: Plan) -> str:
     return "clip" if plan.frames > 1 else "image"
 
 
+def _one(plan: Plan) -> str:
+    return {"pairs": "pair", "images": "image"}.get(plan.unit, "pair of steps")
+
+
 def _row(label: str, value: str) -> str:
     return f"  {label:<{LABEL}}{value}"
 
@@ -74,16 +78,20 @@ def _batch(plan: Plan) -> Iterator[str]:
     setting = plan.setting
     parts = f"{setting.train_batch_size} x {setting.gradient_accumulation_steps} x {plan.num_processes}"
     yield _row(
-        "effective batch (pairs)", f"{plan.effective_batch:,}  = micro-batch x accumulation x processes = {parts}"
+        f"effective batch ({plan.unit})",
+        f"{plan.effective_batch:,}  = micro-batch x accumulation x processes = {parts}",
     )
-    yield _row("usable pairs", _number(plan.pairs))
+    if plan.sampling is None or plan.sampling.available is None:
+        yield _row("usable pairs", _number(plan.pairs))
+    else:
+        yield _row("prompts", _number(plan.sampling.available))
     yield _row("optimiser steps per epoch", _number(plan.steps_per_epoch))
     epochs = "unknown number of epochs" if plan.epochs is None else f"{plan.epochs:.2f} epochs"
     yield _row("optimiser steps", f"{plan.max_train_steps:,}  ({epochs})")
     yield _row("learning rate in use", f"{plan.learning_rate:.4g}")
     ratio = plan.rate_per_pair / PUBLISHED_RATE_PER_PAIR
     yield _row(
-        "  per pair of the batch",
+        f"  per {_one(plan)} of the batch",
         f"{plan.rate_per_pair:.3g}  = {ratio:.3g} x the published {PUBLISHED_RATE_PER_PAIR:.0e} (full fine-tuning)",
     )
     yield _row("objective", plan.method)
@@ -92,9 +100,11 @@ def _batch(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    yield from _parts(plan.setting)
+    yield from _parts(plan.setting, plan.unit)
     if plan.cache_phase_bytes is not None:
         yield _row("before that: filling the cache", f"{_gib(plan.cache_phase_bytes)}  VAE and text encoders at work")
+    if plan.sampling_phase_bytes is not None:
+        yield _row("while samples are decoded", f"{_gib(plan.sampling_phase_bytes)}  without the reward models")
     network = plan.network
     yield _row(f"activations kept per {_item(plan)}", f"{_gib(network.saved_bytes)}  without checkpointing")
     yield _row(
@@ -102,7 +112,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     )
 
 
-def _parts(setting: Setting) -> Iterator[str]:
+def _parts(setting: Setting, unit: str) -> Iterator[str]:
     memory: Memory = setting.memory
     yield _row("network weights, frozen", _gib(memory.network))
     yield _row("LoRA, gradients, optimiser states", _gib(memory.adapter))
@@ -111,7 +121,7 @@ def _parts(setting: Setting) -> Iterator[str]:
     if memory.encoders:
         yield _row("VAE and text encoders (no cache)", _gib(memory.encoders))
     how = "on" if setting.gradient_checkpointing else "off"
-    yield _row("activations", f"{_gib(memory.activations)}  {setting.train_batch_size} pairs, checkpointing {how}")
+    yield _row("activations", f"{_gib(memory.activations)}  {setting.train_batch_size} {unit}, checkpointing {how}")
     if memory.recomputed:
         yield _row("block being recomputed", _gib(memory.recomputed))
     yield _row(
@@ -128,7 +138,8 @@ def _work(plan: Plan) -> Iterator[str]:
         "  with LoRA, forward + backward",
         f"{(network.policy_forward_flops + network.backward_flops) / 1e12:9.3f} TFLOP",
     )
-    yield _row("training, per pair", f"{plan.flops_per_pair / 1e12:9.3f} TFLOP")
+    yield _row(f"training, per {_one(plan)}", f"{plan.flops_per_pair / 1e12:9.3f} TFLOP")
+    yield from _sampling(plan)
     if not plan.step_seconds:
         yield _row("time", "not estimated in float32")
     for card, seconds in plan.step_seconds.items():
@@ -143,10 +154,25 @@ def _work(plan: Plan) -> Iterator[str]:
         yield _row("assumed", f"{UTILISATION:.0%} of the data-sheet bf16 rates in TFLOP/s: {rates}")
 
 
-def _disk(plan: Plan) -> Iterator[str]:
+def _sampling(plan: Plan) -> Iterator[str]:
+    sampling = plan.sampling
+    if sampling is None:
+        return
+    guided = " x 2 (guidance)" if sampling.branches == 2 else ""
+    yield _row("sampling, per optimiser step", f"{sampling.flops / 1e12:9.3f} TFLOP")
     yield _row(
-        "cache, per pair", f"{_gb(plan.latent_bytes_per_pair)} latents; {_gb(plan.text_bytes_per_prompt)} per prompt"
+        "",
+        f"{sampling.forwards:,.1f} forwards: {sampling.prompts:,.1f} prompts, {sampling.steps} sampler steps{guided}, "
+        f"{sampling.images:,.1f} images",
     )
+
+
+def _disk(plan: Plan) -> Iterator[str]:
+    if plan.sampling is None or plan.sampling.available is None:
+        yield _row(
+            "cache, per pair",
+            f"{_gb(plan.latent_bytes_per_pair)} latents; {_gb(plan.text_bytes_per_prompt)} per prompt",
+        )
     if plan.cache_bytes is not None:
         yield _row("cache, in all", f"at most {_gb(plan.cache_bytes)} (images shared by pairs are stored once)")
     for item in plan.downloads:
@@ -168,7 +194,8 @@ def _verdict(plan: Plan) -> Iterator[str]:
         yield _row("fits", f"{total / GIB:.1f} of {card}")
         return
     if total <= plan.gpu_bytes:
-        yield _row("training fits", f"{total / GIB:.1f} of {card}, but filling the cache does not")
+        other = "filling the cache" if (plan.cache_phase_bytes or 0) > plan.gpu_bytes else "decoding samples"
+        yield _row("training fits", f"{total / GIB:.1f} of {card}, but {other} does not")
         return
     yield _row("does not fit", f"{total / GIB:.1f} of {card}")
     if plan.nearest is None:

@@ -255,10 +255,10 @@ def _count_adapters(network: Any, counter: _Flops) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeCost:
-    """One image or clip through an autoencoder's encoder.
+    """One image or clip through an autoencoder's encoder or decoder.
 
     Attributes:
-        flops: of the encoder.
+        flops: of it.
         peak_bytes: the most that is alive at a time, in float32, without the kernels' own workspaces.
     """
 
@@ -303,4 +303,24 @@ def _measure_encoder(text: str, resolution: int, frames: int) -> EncodeCost:
     pixels = torch.empty(1, 3, *volume, resolution, resolution, device="meta")
     with torch.no_grad(), _Training(None), _Flops() as counter, _Alive() as alive:
         vae.encode(pixels)
+    return EncodeCost(flops=counter.total, peak_bytes=alive.peak)
+
+
+def measure_decoder(config: dict[str, Any], latent_shape: tuple[int, ...]) -> EncodeCost:
+    """Count one image's (or clip's) latents through an autoencoder's decoder.
+
+    Raises:
+        ConfigError: a class that cannot be built.
+    """
+    return _measure_decoder(json.dumps(config, sort_keys=True), latent_shape)
+
+
+@lru_cache(maxsize=8)
+def _measure_decoder(text: str, latent_shape: tuple[int, ...]) -> EncodeCost:
+    vae: Any = build_from_config(json.loads(text), device="meta")
+    still = len(latent_shape) == 3 and type(vae).__name__ in CLIP_ENCODERS
+    shape = (latent_shape[0], 1, *latent_shape[1:]) if still else latent_shape
+    latents = torch.empty(1, *shape, device="meta")
+    with torch.no_grad(), _Training(None), _Flops() as counter, _Alive() as alive:
+        vae.decode(latents)
     return EncodeCost(flops=counter.total, peak_bytes=alive.peak)

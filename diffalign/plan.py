@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from diffalign import plugins, rewards
+from diffalign._plan_rollouts import Sampling, group_of, images_per_item, plan_sampling, steps_per_pass, unit_of
 from diffalign.architecture import Architecture, Download, resolve
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
 from diffalign.measure import EncodeCost, NetworkCost, measure_encoder, measure_network
-from diffalign.summary import images_per_pair, objective_summary
+from diffalign.sampling.rollouts import kind_of
+from diffalign.summary import objective_summary
 
 GIB = 2**30
 # CUDA context, library workspaces and the allocator's own reserve.
@@ -115,16 +117,19 @@ class Plan:
         latent_shape: (C, h, w), of clips (C, F, h, w).
         setting: micro-batch, accumulation and checkpointing in use, with their memory.
         cache_phase_bytes: on the device while images and prompts are encoded; None without a cache.
+        sampling: of the images that are trained on; None where all are stored.
+        sampling_phase_bytes: on the device while sampled images are decoded, without reward models; None where none are.
         gpu_bytes: of the card that was asked about.
         fits: whether `setting` and the encoding fit it; None without a card.
         nearest: the nearest setting that fits, if `setting` does not and one exists.
-        flops_per_pair: of a training step, by pair (or item).
+        unit: what batches count: "pairs", "images" or "pairs of steps".
+        flops_per_pair: of a training step, by pair (or whatever batches count).
         step_seconds: per optimiser step and device, by card at `UTILISATION`; empty in float32.
         run_hours: all optimiser steps, by card.
         encode_hours: filling the cache once, by card.
-        pairs: usable pairs before the held-out share; None if unknown.
-        effective_batch: pairs per optimiser step, over all processes.
-        steps_per_epoch: optimiser steps for one pass; None if the number of pairs is unknown.
+        pairs: usable pairs before the held-out share; None if unknown, or if there are prompts alone.
+        effective_batch: pairs (or whatever batches count) per optimiser step, over all processes.
+        steps_per_epoch: optimiser steps for one pass over pairs or prompts; None if their number is unknown.
         epochs: passes made by `max_train_steps`.
         learning_rate: in use.
         rate_per_pair: learning rate / effective batch.
@@ -151,9 +156,12 @@ class Plan:
     latent_shape: tuple[int, ...]
     setting: Setting
     cache_phase_bytes: int | None
+    sampling: Sampling | None
+    sampling_phase_bytes: int | None
     gpu_bytes: int | None
     fits: bool | None
     nearest: Setting | None
+    unit: str
     flops_per_pair: int
     step_seconds: dict[str, float]
     run_hours: dict[str, float]
@@ -181,7 +189,9 @@ class _Costs:
         self.config = config
         self.architecture: Architecture = resolve(config.model)
         self.dtype = DTYPES[config.training.mixed_precision]
-        self.images = images_per_pair(config.objective)
+        self.images = images_per_item(config, self.architecture.family)
+        self.together = group_of(config)
+        self.has_pairs = not config.rollout.prompts
         resolution, frames = config.data.resolution, config.data.num_frames
         self.latent_shape = self.architecture.latent_shape(resolution, frames)
         self.network: NetworkCost = measure_network(
@@ -202,7 +212,7 @@ class _Costs:
             network=network.weight_bytes,
             adapter=network.lora_parameters * (4 + 4 + states),
             ema=0 if training.ema_decay is None else network.lora_parameters * 4,
-            encoders=0 if self.config.cache.enabled else self._encoding(2),
+            encoders=0 if self.config.cache.enabled or not self.has_pairs else self._encoding(2),
             activations=kept,
             recomputed=recomputed,
             allowance=int((kept + recomputed) * ACTIVATION_ALLOWANCE),
@@ -223,7 +233,7 @@ class _Costs:
 
     def cache_phase(self) -> int | None:
         """Bytes on the device while the cache is filled."""
-        if not self.config.cache.enabled:
+        if not self.config.cache.enabled or not self.has_pairs:
             return None
         return self._encoding(self.config.cache.batch_size) + CONTEXT_BYTES
 
@@ -232,7 +242,7 @@ class _Costs:
         network = self.network
         reference = network.forward_flops if self.config.objective.reads_reference() else 0
         policy = network.policy_forward_flops * (2 if checkpointing else 1) + network.backward_flops
-        encode = 0 if self.config.cache.enabled else self.encoder.flops
+        encode = 0 if self.config.cache.enabled or not self.has_pairs else self.encoder.flops
         return self.images * (reference + policy + encode)
 
     def setting(self, micro_batch: int, checkpointing: bool) -> Setting:
@@ -306,9 +316,13 @@ def _divisors(number: int) -> list[int]:
 
 
 def _nearest(costs: _Costs, setting: Setting, gpu_bytes: float) -> Setting | None:
-    """Checkpointing on; then smaller micro-batches with more accumulation."""
+    """Checkpointing on; then smaller micro-batches with more accumulation; groups of samples stay whole."""
     for size in _divisors(pairs_per_device(costs.config)):
-        if size <= setting.train_batch_size and costs.memory(size, True).total <= gpu_bytes:
+        if (
+            size % costs.together == 0
+            and size <= setting.train_batch_size
+            and costs.memory(size, True).total <= gpu_bytes
+        ):
             return costs.setting(size, True)
     return None
 
@@ -337,29 +351,36 @@ def make_plan(
     gpu_bytes = int(gpu_gb * GIB) if gpu_gb is not None else _this_gpu()
     setting, notes = _setting(costs, gpu_bytes)
     phase = costs.cache_phase()
-    fits = None if gpu_bytes is None else max(setting.memory.total, phase or 0) <= gpu_bytes
+    effective = pairs_per_device(config) * num_processes
+    sampling = plan_sampling(config, costs.architecture, costs.network, costs.latent_shape, effective)
+    sampled = _sampling_phase(setting.memory, sampling)
+    fits = None if gpu_bytes is None else max(setting.memory.total, phase or 0, sampled or 0) <= gpu_bytes
     nearest = None
     if gpu_bytes is not None and setting.memory.total > gpu_bytes:
         nearest = _nearest(costs, setting, gpu_bytes)
     if gpu_bytes is not None and phase is not None and phase > gpu_bytes:
         notes.append("filling the cache does not fit the card: lower cache.batch_size")
-    effective = pairs_per_device(config) * num_processes
+    if gpu_bytes is not None and sampled is not None and sampled > gpu_bytes:
+        notes.append("decoding samples does not fit the card: lower sampling.batch_size")
     known, data = _data(config)
     count = pairs if pairs is not None else _pairs(config, known)
     trained = None if count is None else count - int(count * config.evaluation.held_out_fraction)
-    epoch = None if trained is None else max(1, math.ceil(trained / effective))
+    one_pass = _one_pass(config, known, trained, sampling, effective)
     latent = STORAGE[config.cache.dtype] * CACHED_IMAGES * math.prod(costs.latent_shape)
     text = STORAGE[config.cache.dtype] * costs.architecture.text_numbers
     flops = costs.flops_per_pair(setting.gradient_checkpointing)
-    step = {} if training.mixed_precision == "no" else _seconds(flops * effective / num_processes)
+    work = flops * effective + (0 if sampling is None else sampling.flops)
+    step = {} if training.mixed_precision == "no" else _seconds(work / num_processes)
     encode = {} if count is None or not step else _seconds(count * CACHED_IMAGES * costs.encoder.flops)
-    if known is None and count is None:
+    if known is None and count is None and costs.has_pairs:
         notes.append(
             "the number of pairs is not known before the data is read: pass pairs to get epochs and cache size"
         )
     with_weights = [name for name in config.evaluation.rewards if rewards.find(name)[0].weights is not None]
     if with_weights and config.evaluation.at_end:
         notes.append(f"evaluation also downloads its reward models: {', '.join(with_weights)}")
+    if config.rollout.rewards and sampling is not None:
+        notes.append(f"memory and time of the reward models come on top: {', '.join(config.rollout.rewards)}")
     return Plan(
         model=costs.architecture.source,
         assumed=costs.architecture.assumed,
@@ -375,28 +396,50 @@ def make_plan(
         latent_shape=costs.latent_shape,
         setting=setting,
         cache_phase_bytes=phase,
+        sampling=sampling,
+        sampling_phase_bytes=sampled,
         gpu_bytes=gpu_bytes,
         fits=fits,
         nearest=nearest,
+        unit=unit_of(config),
         flops_per_pair=flops,
         step_seconds=step,
         run_hours={card: s * training.max_train_steps / 3600 for card, s in step.items()},
-        encode_hours={card: s / 3600 for card, s in encode.items()} if config.cache.enabled else {},
+        encode_hours={card: s / 3600 for card, s in encode.items()} if phase is not None else {},
         pairs=count,
         effective_batch=effective,
         max_train_steps=training.max_train_steps,
-        steps_per_epoch=epoch,
-        epochs=None if not trained else training.max_train_steps * effective / trained,
+        steps_per_epoch=None if one_pass is None else max(1, math.ceil(one_pass)),
+        epochs=None if not one_pass else training.max_train_steps / one_pass,
         learning_rate=training.learning_rate,
         rate_per_pair=training.learning_rate / effective,
         method=type(config.objective).title,
-        objective=objective_summary(config, elements=math.prod(costs.latent_shape)),
+        objective=objective_summary(config, kind_of(config.objective), elements=math.prod(costs.latent_shape)),
         latent_bytes_per_pair=latent,
         text_bytes_per_prompt=text,
         cache_bytes=_cache_bytes(config, count, known, latent, text),
         downloads=(*costs.architecture.downloads(config.model), *data),
         notes=tuple(notes),
     )
+
+
+def _sampling_phase(memory: Memory, sampling: Sampling | None) -> int | None:
+    """Bytes on the device while samples are decoded: the network stays, nothing is kept for a backward pass."""
+    if sampling is None or not sampling.decoder_bytes:
+        return None
+    return memory.network + memory.adapter + memory.ema + memory.context + sampling.decoder_bytes
+
+
+def _one_pass(
+    config: RunConfig, known: DataSet | None, trained: int | None, sampling: Sampling | None, effective: int
+) -> float | None:
+    """Optimiser steps for one pass over what is trained on: pairs, or the prompts that are sampled for."""
+    if sampling is None:
+        return None if trained is None else trained / effective
+    if config.objective.source in ("generated", "on_policy") or config.data.world_pairs is not None:
+        return steps_per_pass(sampling, trained)
+    prompts = known.prompts if known else None  # several pairs of the data may have the same
+    return steps_per_pass(sampling, prompts if prompts is None or trained is None else min(prompts, trained))
 
 
 def _this_gpu() -> int | None:
@@ -427,6 +470,8 @@ def _seconds(flops: float) -> dict[str, float]:
 def _data(config: RunConfig) -> tuple[DataSet | None, tuple[Download, ...]]:
     """What is known of the source that will probably be used, and its download."""
     data = config.data
+    if config.rollout.prompts:
+        return None, ()
     if data.world_pairs is not None:
         return None, (Download(what="pairs", source="made from the tiny world", bytes=0, here=True),)
     for source in data.sources:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from diffalign.config import LoraConfig, ModelConfig, RunConfig, build, load_con
 from diffalign.errors import ConfigError
 from diffalign.families import DECODER, ENCODERS, NETWORK, DenoisingFamily, load_family, published
 from diffalign.hardware import resolve_auto
-from diffalign.measure import NetworkCost, measure_encoder, measure_network
+from diffalign.measure import NetworkCost, measure_decoder, measure_encoder, measure_network
 from diffalign.plan import GIB, choose_micro_batch, make_plan, pairs_per_device, render, to_json
 from diffalign.preflight import check
 
@@ -263,6 +264,94 @@ def test_memory_adds_up_and_checkpointing_lowers_it() -> None:
     assert checkpointed.flops_per_pair - plain.flops_per_pair == 2 * plain.network.policy_forward_flops
     ema = make_plan(sd15(training={"ema_decay": 0.99})).setting.memory
     assert ema.total - memory.total == 4 * plain.network.lora_parameters
+
+
+# --- sampled images ---------------------------------------------------------------------------------------------------
+
+PROMPTS = ["one", "two", "three"]
+
+
+def sampled(name: str, *, online: bool = True, **rollout: Any) -> RunConfig:
+    """SD1.5 on its own samples, 32 to an optimiser step."""
+    own = {"prompts": PROMPTS, "rewards": ["world_verifier"], "samples_per_prompt": 4} if online else {}
+    beta = {} if name in ("sft", "dro", "spo", "d3po") else {"beta": 30.0}
+    tree = config_module.to_tree(sd15())
+    return build(tree | {"objective": {"name": name} | beta, "rollout": {"num_inference_steps": 10} | own | rollout})
+
+
+@pytest.mark.parametrize(
+    ("config", "prompts", "images", "forwards", "unit"),
+    [
+        (sampled("dpo"), 32, 128, 1280, "pairs"),
+        (sampled("dpo", guidance_scale=5.0), 32, 128, 2560, "pairs"),
+        (sampled("dpo", num_iterations=2, steps_per_generation=3), 16, 64, 640, "pairs"),
+        (sampled("gdpo"), 8, 32, 320, "images"),
+        (sampled("sft"), 32, 128, 1280, "images"),
+        (sampled("d3po", steps_per_sample=4), 8, 32, 320, "pairs of steps"),
+        (sampled("d3po"), 32 / 9, 128 / 9, 1280 / 9, "pairs of steps"),  # the last of 10 steps has no density
+        (sampled("spo", first_step=1), 4, 4 * 8 * 4, 4 * (10 + 8 * 4), "pairs of steps"),
+        (sampled("seppo", online=False), 32, 32, 320, "pairs"),
+        (sampled("dro", online=False, steps_per_sample=4), 8, 8, 80, "pairs"),
+    ],
+    ids=lambda value: value.objective.name if isinstance(value, RunConfig) else "",
+)
+def test_sampling_is_counted(config: RunConfig, prompts: float, images: float, forwards: float, unit: str) -> None:
+    plan = make_plan(config)
+    found = plan.sampling
+    assert found is not None
+    assert plan.unit == unit
+    assert (found.prompts, found.images, found.forwards) == pytest.approx((prompts, images, forwards))
+    each = plan.network.forward_flops if config.objective.name == "seppo" else plan.network.policy_forward_flops
+    decoder = measure_decoder(published.component_configs("sd15")["vae"], plan.latent_shape)
+    decoded = found.images * decoder.flops if config.rollout.rewards else 0
+    assert found.flops == pytest.approx(found.forwards * each + decoded)
+    work = plan.flops_per_pair * plan.effective_batch + found.flops
+    assert plan.step_seconds["A100"] == pytest.approx(work / (312e12 * 0.4))
+    two = make_plan(config, num_processes=2)
+    assert two.step_seconds == pytest.approx(plan.step_seconds)
+    assert f"{found.forwards:,.1f} forwards" in render(plan)
+
+
+def test_prompts_alone_have_no_pairs_no_cache_and_no_download_of_data() -> None:
+    plan = make_plan(sampled("dpo", num_prompts=2))
+    text = render(plan)
+    assert not any(word in text for word in ("usable pairs", "cache", "no usable source"))
+    assert re.search(r"prompts +2\n", text)
+    assert "reward models come on top: world_verifier" in text
+    assert (plan.pairs, plan.cache_bytes, plan.cache_phase_bytes) == (None, None, None)
+    assert plan.steps_per_epoch == 1
+    assert plan.epochs == pytest.approx(plan.max_train_steps * 32 / 2)
+    assert [item.what for item in plan.downloads] == ["model"]
+    assert json.loads(to_json(plan))["sampling"]["available"] == 2
+    assert "forwards" not in render(make_plan(sd15()))
+
+
+def test_transitions_are_scored_with_the_samplers_guidance_and_groups_image_by_image() -> None:
+    plain, guided = make_plan(sampled("d3po")), make_plan(sampled("d3po", guidance_scale=5.0))
+    assert guided.flops_per_pair == 2 * plain.flops_per_pair
+    assert guided.setting.memory.activations == 2 * plain.setting.memory.activations
+    pairs, images = make_plan(sampled("dpo")), make_plan(sampled("gdpo"))
+    assert pairs.flops_per_pair == 2 * images.flops_per_pair
+    assert make_plan(sampled("dpo", guidance_scale=5.0)).flops_per_pair == pairs.flops_per_pair
+
+
+def test_decoding_samples_counts_for_the_verdict() -> None:
+    config = sampled("dpo")
+    plan = make_plan(config)
+    decoder = measure_decoder(published.component_configs("sd15")["vae"], plan.latent_shape)
+    assert plan.sampling is not None
+    batch = min(16, config.sampling.batch_size)
+    assert plan.sampling.decoder_bytes == 4 * 83_653_863 + batch * decoder.peak_bytes
+    assert plan.sampling_phase_bytes is not None
+    more = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, batch_size=16))
+    more = dataclasses.replace(more, training=dataclasses.replace(config.training, gradient_checkpointing=True))
+    needed = make_plan(more)
+    assert needed.sampling_phase_bytes is not None
+    assert needed.sampling_phase_bytes > needed.setting.memory.total
+    small = make_plan(more, gpu_gb=(needed.sampling_phase_bytes - 1) / GIB)
+    assert small.fits is False
+    assert "decoding samples does not" in render(small)
+    assert make_plan(more, gpu_gb=(needed.sampling_phase_bytes + 1) / GIB).fits
 
 
 # --- fitting a card --------------------------------------------------------------------------------------------------

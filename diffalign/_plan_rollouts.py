@@ -1,0 +1,128 @@
+"""What sampling costs a run that trains on its own images: forwards of the network, and the decoder's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffalign.architecture import Architecture
+from diffalign.config import RunConfig
+from diffalign.data.prompts import load_prompts
+from diffalign.families import DenoisingFamily
+from diffalign.measure import NetworkCost, measure_decoder
+from diffalign.sampling.rollouts import TRANSITIONS, samples_images
+from diffalign.summary import images_per_pair
+
+DECODED = 16  # images that a rollout decodes at a time, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Sampling of an optimiser step, the mean over a round and all processes.
+
+    Attributes:
+        prompts: that are sampled.
+        images: sampled for them, or candidates that are scored.
+        steps: of the sampler.
+        branches: forwards for one prediction: 2 with classifier-free guidance.
+        forwards: images through the network.
+        flops: of the network and of decoding.
+        decoder_bytes: the decoder with one call; 0 where nothing is decoded.
+        available: prompts, where they are known; None: those of the data.
+    """
+
+    prompts: float
+    images: float
+    steps: int
+    branches: int
+    forwards: float
+    flops: float
+    decoder_bytes: int
+    available: int | None
+
+
+def branches_of(config: RunConfig, family: DenoisingFamily) -> int:
+    """Forwards that a guided prediction takes: distilled models are told their scale, if they have one."""
+    return 2 if config.rollout.guidance_scale != 1 and family.unconditional else 1
+
+
+def images_per_item(config: RunConfig, family: DenoisingFamily) -> int:
+    """How many images of what a batch counts go through the network: transitions are scored with the sampler's guidance."""
+    if samples_images(config) and config.objective.source in TRANSITIONS:
+        return images_per_pair(config.objective) * branches_of(config, family)
+    return 1 if single_images(config) else images_per_pair(config.objective)
+
+
+def single_images(config: RunConfig) -> bool:
+    """Whether a batch counts sampled images one by one: groups, items, and chosen images."""
+    needs = config.objective.needs
+    return samples_images(config) and config.objective.source == "data" and "pairs" not in needs.layout
+
+
+def group_of(config: RunConfig) -> int:
+    """Images that must come into one micro-batch together."""
+    grouped = single_images(config) and config.objective.needs.labels != (1,)
+    return config.rollout.samples_per_prompt if grouped else 1
+
+
+def unit_of(config: RunConfig) -> str:
+    """What a batch counts."""
+    if samples_images(config) and config.objective.source in TRANSITIONS:
+        return "pairs of steps"
+    return "images" if single_images(config) else "pairs"
+
+
+def plan_sampling(
+    config: RunConfig,
+    architecture: Architecture,
+    network: NetworkCost,
+    latent_shape: tuple[int, ...],
+    effective_batch: int,
+) -> Sampling | None:
+    """Count the sampling of a run; None if it samples nothing to train on.
+
+    Args:
+        config: the run.
+        architecture: of the model.
+        network: counts of one image.
+        latent_shape: of one image.
+        effective_batch: what a step trains on, over all processes.
+    """
+    if not samples_images(config):
+        return None
+    rollout, source = config.rollout, config.objective.source
+    steps, trained = rollout.num_inference_steps, rollout.steps_per_sample or 1
+    if source in TRANSITIONS and not rollout.steps_per_sample:  # the last step has no density as a rule
+        trained = max(1, steps - 1 - rollout.first_step)
+    count = 1 if source in ("generated", "on_policy") else rollout.samples_per_prompt
+    per_prompt = group_of(config) * (trained if source in (*TRANSITIONS, "on_policy") else 1)
+    prompts = effective_batch / per_prompt / rollout.num_iterations
+    # Candidates branch off one trajectory: their clean images are predicted once more, at the steps that are trained.
+    calls = steps + trained * count if source == "candidates" else steps * count
+    images = trained * count if source == "candidates" else count
+    branches = branches_of(config, architecture.family)
+    forwards = prompts * calls * branches
+    who = rollout.policy or ("reference" if source == "generated" else "policy")
+    each = network.policy_forward_flops if who == "policy" else network.forward_flops
+    decode, memory = 0, 0
+    if rollout.rewards:
+        cost = measure_decoder(architecture.configs["vae"], latent_shape)
+        width = 2 if config.cache.encode_dtype in ("float16", "bfloat16") else 4
+        decode = cost.flops
+        memory = architecture.parameters["vae"] * width
+        memory += min(DECODED, config.sampling.batch_size) * cost.peak_bytes * width // 4
+    return Sampling(
+        prompts=prompts,
+        images=prompts * images,
+        steps=steps,
+        branches=branches,
+        forwards=forwards,
+        flops=forwards * each + prompts * images * decode,
+        decoder_bytes=memory,
+        available=len(load_prompts(rollout.prompts, rollout.num_prompts)) if rollout.prompts else None,
+    )
+
+
+def steps_per_pass(sampling: Sampling, pairs: int | None) -> float | None:
+    """Optimiser steps in which every prompt (or data pair) is sampled once; None if their number is not known."""
+    total = sampling.available if sampling.available is not None else pairs
+    return None if total is None else total / sampling.prompts
