@@ -74,7 +74,7 @@ def open_family(config: RunConfig, accelerator: Accelerator) -> Family:
 
 
 def resolve_auto(config: RunConfig, accelerator: Accelerator) -> RunConfig:
-    """Replace `auto` batch size and checkpointing by what fits every process's device; the effective batch stays as configured.
+    """Replace `auto` batch size and checkpointing by what fits every device; the effective batch stays as configured.
 
     All processes must come to the same: it is the smallest device that decides.
     """
