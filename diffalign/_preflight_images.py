@@ -103,12 +103,6 @@ UNREAD = (
     ),
     Unread(
         "rollout",
-        ("select_temperature",),
-        lambda config: config.rollout.select != "bradley_terry",
-        "rollout.select is 'best', which draws nothing",
-    ),
-    Unread(
-        "rollout",
         ("shared_start",),
         _no_source("trajectories"),
         "only objectives that compare whole trajectories read it, such as d3po",
@@ -176,18 +170,15 @@ def check_round(config: RunConfig) -> None:
 
 
 def _check_steps(rollout: RolloutConfig) -> None:
-    """Refuse steps that the sampler has not got; how many of them have a density is known with its noise levels."""
+    """Refuse steps that the sampler has not got; how many have a density is said by `check_schedule`."""
     steps, first, trained = rollout.num_inference_steps, rollout.first_step, rollout.steps_per_sample
     if not 0 <= first < steps:
         raise ConfigError(
             f"rollout.first_step: got {first}; the sampler's steps are 0 to {steps - 1} (rollout.num_inference_steps "
             f"{steps})"
         )
-    if trained is not None and not 1 <= trained <= steps - first:
-        raise ConfigError(
-            f"rollout.steps_per_sample: got {trained}; expected 1 to {steps - first}: of {steps} sampler steps "
-            f"(rollout.num_inference_steps) those from rollout.first_step {first} on are trained"
-        )
+    if trained is not None and trained < 1:
+        raise ConfigError(f"rollout.steps_per_sample: got {trained}; expected at least 1, or null")
 
 
 def _check_sizes(config: RunConfig) -> None:
@@ -241,12 +232,20 @@ def _reads_flow_time(objective: Any) -> bool:
     return isinstance(objective, FlowDPO) and objective.beta_schedule == "derived"
 
 
-def check_schedule(config: RunConfig, family: DenoisingFamily) -> None:
-    """Refuse what does not go with the model's noise schedule, of which its scheduler's config alone is read.
+def check_schedule(config: RunConfig, family: DenoisingFamily, processes: int | None = None) -> None:
+    """Refuse what does not go with the model's noise levels, for which its scheduler's config alone is read.
+
+    Args:
+        config: of the run.
+        family: of the model, with no part loaded.
+        processes: that train; None leaves the rounds of sampled images out.
 
     Raises:
         ConfigError: the first problem found.
     """
+    from diffalign.sampling.rollouts import round_size, samples_images
+    from diffalign.sampling.trajectories import make_grid
+
     schedule, first = family.schedule, config.denoising.timestep_min
     if first >= schedule.num_timesteps:
         raise ConfigError(
@@ -257,3 +256,9 @@ def check_schedule(config: RunConfig, family: DenoisingFamily) -> None:
             f"objective.beta_schedule: got 'derived'; the model predicts {schedule.prediction_type} and is no flow model, "
             "whose time this weight is a function of; take 'constant'"
         )
+    if processes is not None and samples_images(config):
+        rollout = config.rollout
+        eta = float(config.objective.source in TRANSITIONS) if rollout.eta is None else rollout.eta
+        # Which steps have a density does not depend on the size, by which some samplers shift their levels.
+        grid = make_grid(family, family.stock_scheduler(), rollout.num_inference_steps, (1, 64, 64))
+        round_size(config, grid, eta, processes)

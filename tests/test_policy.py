@@ -158,7 +158,7 @@ def test_dropout_is_off_where_images_are_inverted(dropping):
 
 
 def test_held_out_pairs_are_measured_against_the_base_whatever_the_runs_reference_is(fresh):
-    """A reference that has just been synchronised is the policy: nothing is gained over it, and half of the pairs would count."""
+    """A reference that has just been synchronised is the policy: nothing is gained over it, and accuracy is one half."""
     disturb(fresh.network, 0.5)
     params = adapters.parameters(fresh.network)
     synced = Policy(fresh, fresh.network, reference=Reference(ReferenceConfig(scheme="sync"), fresh.network, params))

@@ -38,7 +38,7 @@ class ImageJob(Job):
 
     def prepare(self) -> None:
         config = self.config
-        check_schedule(config, self.family)
+        check_schedule(config, self.family, self.accelerator.num_processes)
         self.online = samples_images(config)
         self.autocast = self.accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
         self.data: PairData | None = None
