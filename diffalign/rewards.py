@@ -450,16 +450,33 @@ def preprocess(
     Returns:
         float32, shape (B, 3, size, size).
     """
-    on_grid = to_eight_bit if eight_bit else functools.partial(torch.clamp, min=0, max=1)
-    images = on_grid(images.float())
     height, width = images.shape[-2:]
     short = min(height, width)
-    new_height, new_width = (size if side == short else int(size * side / short) for side in (height, width))
-    for shape in ((height, new_width), (new_height, new_width)):
-        if shape != tuple(images.shape[-2:]):
-            images = on_grid(interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False))
-    top, left = crop_offset((new_height - size) / 2), crop_offset((new_width - size) / 2)
-    images = images[..., top : top + size, left : left + size]
+    shape = tuple(size if side == short else int(size * side / short) for side in (height, width))
+    images = pillow_resize(images, (shape[0], shape[1]), eight_bit=eight_bit)
+    top, left = (crop_offset((side - size) / 2) for side in shape)
+    return normalise(images[..., top : top + size, left : left + size], mean, std)
+
+
+def pillow_resize(images: Tensor, shape: tuple[int, int], *, mode: str = "bicubic", eight_bit: bool = True) -> Tensor:
+    """Resize to (height, width) as Pillow does: across first, then down, rounding to 8 bits before and after each pass.
+
+    Args:
+        images: float RGB in [0, 1], shape (B, 3, H, W).
+        shape: height and width of the answer.
+        mode: "bicubic" or "bilinear", both antialiased.
+        eight_bit: see `preprocess`.
+    """
+    on_grid = to_eight_bit if eight_bit else functools.partial(torch.clamp, min=0, max=1)
+    images = on_grid(images.float())
+    for step in ((images.shape[-2], shape[1]), shape):
+        if step != tuple(images.shape[-2:]):
+            images = on_grid(interpolate(images, step, mode=mode, antialias=True, align_corners=False))
+    return images
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Subtract the mean and divide by the standard deviation of each channel."""
     mean_111, std_111 = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
     return (images - mean_111) / std_111
 

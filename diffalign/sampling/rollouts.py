@@ -680,9 +680,10 @@ def guided(
         x: noisy latents (N, ...).
         times: what the network is told (N,).
         conditioning, negative: with and without the prompt, batch N.
-        scale: 1 is no guidance, and the negative branch is not computed.
+        scale: 1 is no guidance, and the negative branch is not computed. A model that is told its scale needs no branch.
     """
     family = policy.family
+    conditioning, scale = family.guide(conditioning, scale)
     policy.forwards += len(x) * (1 if scale == 1 else 2)
     with policy.autocast():
         if scale == 1:

@@ -32,6 +32,7 @@ from diffalign.families import DECODER, ENCODERS, NETWORK, Conditioning, Denoisi
 from diffalign.families._pipeline import PipelineFamily
 from diffalign.policy import Policy
 from diffalign.prediction import add_noise, convert, target
+from diffalign.sampling.rollouts import guided
 from diffalign.sampling.trajectories import make_grid
 
 HEIGHT, WIDTH = 32, 64
@@ -446,6 +447,25 @@ def test_rollouts_take_the_levels_of_the_stock_pipeline(case: Case, monkeypatch:
     case.call_stock(SamplingConfig(num_inference_steps=3, guidance_scale=1.0), case.noise())
     grid = make_grid(case.family, case.family.stock_scheduler(), 3, case.shape())
     assert grid.times.tolist() == pytest.approx(list(dict.fromkeys(seen[0])), rel=1e-4)
+
+
+def test_rollouts_are_guided_by_a_second_branch_or_by_what_the_model_is_told(case: Case) -> None:
+    family, t = case.family, case.family.schedule.time(torch.tensor([700, 300]))
+    policy, conditioning = Policy(family, family.network), case.conditioning()
+    image = {key: value for key, value in conditioning.items() if key not in case.texts}
+    empty = {key: value.expand(2, *value.shape[1:]) for key, value in case.negative.items()} | image
+    with torch.no_grad():
+        found = guided(policy, family.network, case.noise(), t, conditioning, empty, 3.0)
+        plain = family.predict(family.network, case.noise(), t, conditioning)
+        if family.unconditional:
+            without = family.predict(family.network, case.noise(), t, empty)
+            expected, count = without + 3.0 * (plain - without), 4
+        else:
+            told = conditioning | {"guidance": torch.full((2,), 3.0)}
+            expected, count = family.predict(family.network, case.noise(), t, told), 2
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, plain.float(), atol=1e-4)
+    assert policy.forwards == count
 
 
 def test_encoding_and_sampling_say_nothing(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
