@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from diffalign import plugins
+from diffalign import plugins, preflight
 from diffalign.config import RunConfig, apply_override, build, config_folder, dump, load_config, to_tree
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, UserError
 from diffalign.losses import RobustDPO
 
 OWN_OBJECTIVE = '''
@@ -252,6 +252,16 @@ def test_shipped_configs_are_found_by_name_from_anywhere(tmp_path: Path, monkeyp
         load_config("demo_dpoo")
     with pytest.raises(ConfigError, match="not found"):
         load_config("elsewhere/demo_dpo.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in config_folder().glob("*.yaml")))
+def test_shipped_configs_pass_what_is_checked_before_a_run(name: str, tmp_path: Path) -> None:
+    config = load_config(name, [f"output_dir={tmp_path / 'run'}"])
+    if not config.lora.experts:
+        preflight.check(config)
+        return
+    with pytest.raises(UserError, match="no such adapter"):  # its header says which runs come first
+        preflight.check(config)
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:
