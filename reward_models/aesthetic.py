@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffalign.errors import ConfigError
 from diffalign.rewards import ClipTowers, Reward, RewardError, local_weights, preprocess
+from reward_models._weights import fold
 
 CLIP = "openai/clip-vit-large-patch14"
 CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
@@ -116,8 +117,4 @@ def read_head(path: Path) -> tuple[Tensor, Tensor]:
         raise RewardError(
             f"aesthetic head {path}: linear layers at {places}; expected {list(LAYERS)} (v2) or a single one (v1)"
         )
-    # W_n(...(W_1 x + b_1)...) + b_n = (W_n ... W_1) x + c, multiplied out in float64 to stay within 1e-6.
-    weight, bias = (v.double() for v in layers[0])
-    for w, b in layers[1:]:
-        weight, bias = w.double() @ weight, w.double() @ bias + b.double()
-    return weight[0], bias[0]
+    return fold(layers)
