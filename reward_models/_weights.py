@@ -18,13 +18,20 @@ from diffalign.rewards import WEIGHTS_VARIABLE, RewardError, local_weights
 T = TypeVar("T")
 
 
-def find_file(reward: str, repository: str, file: str, revision: str | None = None) -> Path:
-    """A weight file: under the folder `DIFFALIGN_WEIGHTS` (alone or as `<owner>/<name>/<file>`), else from the hub.
+def find_file(reward: str, repository: str, file: str, revision: str | None = None, *, telling: bool = True) -> Path:
+    """A weight file: under the folder `DIFFALIGN_WEIGHTS`, as `<owner>/<name>/<file>` or alone, else from the hub.
+
+    Args:
+        reward: whose weights they are, for messages.
+        repository: `<owner>/<name>` on the hub.
+        file: its name there.
+        revision: of the repository.
+        telling: the file's name says what it is; otherwise it is not looked for without its repository.
 
     Raises:
         RewardError: it is neither here nor there.
     """
-    for place in (file, f"{repository}/{file}"):
+    for place in (f"{repository}/{file}", *([file] if telling else [])):
         if (local := Path(local_weights(place))).is_file():
             return local
     from huggingface_hub import hf_hub_download
@@ -34,7 +41,7 @@ def find_file(reward: str, repository: str, file: str, revision: str | None = No
     except OSError as error:  # no network, offline mode, or gone from the hub
         raise RewardError(
             f"{reward}: {file} is not at hand and cannot be downloaded from {repository}; write "
-            f"{reward}:/path/to/the/file or put it into ${WEIGHTS_VARIABLE}"
+            f"{reward}:/path/to/the/file or put it into ${WEIGHTS_VARIABLE} as {file if telling else f'{repository}/{file}'}"
         ) from error
 
 
