@@ -109,6 +109,18 @@ UNREAD = (
     ),
     Unread(
         "rollout",
+        ("pairing",),
+        lambda config: config.objective.source != "trajectories" and "pairs" not in config.objective.needs.layout,
+        "only objectives that compare two sampled images read it, such as d3po",
+    ),
+    Unread(
+        "rollout",
+        ("pairing",),
+        _source(*FROM_DATA, "candidates"),
+        "objective {objective!r} does not compare whole samples by their rewards",
+    ),
+    Unread(
+        "rollout",
         ("reward_scale", "keep_threshold"),
         _no_source("candidates"),
         "only objectives that compare next latents read it, such as spo",

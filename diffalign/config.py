@@ -231,6 +231,8 @@ class RolloutConfig:
         num_iterations: passes over the samples of a round.
         rewards: reward models, or for texts `file.py:function` (TRL's signature); their weighted sum is the reward.
         reward_weights: one per reward; empty: all 1.
+        pairing: of the best and the worst image of a prompt, by the sum: "sum" takes them as they are; "dominance" makes
+            them a tie where some reward says otherwise. null: as the objective was published (D3PO: dominance).
         prompts: images: a text file, a shipped list ("world_train", ...) or prompts; empty: the prompts of the data.
         num_prompts: how many of them; null takes all.
         policy: who samples images: "policy" as it is at the start of a round, or "reference". null: as the objective was
@@ -255,6 +257,7 @@ class RolloutConfig:
     num_iterations: int = 1
     rewards: tuple[str, ...] = ()
     reward_weights: tuple[float, ...] = ()
+    pairing: Literal["sum", "dominance"] | None = None
     prompts: str | tuple[str, ...] = ()
     num_prompts: int | None = None
     policy: Literal["policy", "reference"] | None = None

@@ -175,6 +175,7 @@ class Objective(ABC):
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
             latents drawn from one latent.
         shared_start: whether the trajectories of a prompt start from the same noise.
+        pairing: how two sampled images make a pair where there are several rewards; see `rollout.pairing`.
         win_rates: whether it reads rewards as win rates among the samples of a prompt, which a rollout then makes of them.
     """
 
@@ -193,6 +194,7 @@ class Objective(ABC):
     noising: ClassVar[Literal["forward", "ddim_inversion", "renoise_inversion"]] = "forward"
     source: ClassVar[Source] = "data"
     shared_start: ClassVar[bool] = True
+    pairing: ClassVar[Literal["sum", "dominance"]] = "sum"
     win_rates: ClassVar[bool] = False
 
     def check(self, kind: Kind) -> None:

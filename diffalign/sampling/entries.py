@@ -34,12 +34,16 @@ class Sampled:
     reward: Tensor
     rewards: Tensor
 
-    @property
-    def best_and_worst(self) -> tuple[int, int, bool]:
-        """Numbers of the images with the largest and the smallest reward, 0 and 1 if all are alike, and whether they are."""
+    def best_and_worst(self, pairing: str = "sum") -> tuple[int, int, bool]:
+        """Numbers of the images with the largest and the smallest reward, and whether that is a tie.
+
+        Args:
+            pairing: "sum": where all are alike (then 0 and 1); "dominance": also where some reward prefers the worst.
+        """
         best, worst = int(self.reward.argmax()), int(self.reward.argmin())
-        tie = bool(self.reward[best] == self.reward[worst])
-        return (0, 1, True) if tie else (best, worst, False)
+        if self.reward[best] == self.reward[worst]:
+            return 0, 1, True
+        return best, worst, pairing == "dominance" and bool((self.rewards[worst] > self.rewards[best]).any())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,7 @@ class ImageRollouts:
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
         self.independent = noise_of(config) == "independent"
+        self.pairing = config.rollout.pairing or self.objective.pairing
         source = self.objective.source
         self.eta = self.rollout.eta if self.rollout.eta is not None else float(source in TRANSITIONS)
         self.grid = make_grid(family, family.stock_scheduler(), self.rollout.num_inference_steps, latent_shape)
@@ -330,7 +331,7 @@ class ImageRollouts:
 
     def _pair(self, one: Sampled, number: int) -> SampledPair:
         """The best against the worst; without contrast with weight 0, so that batches keep their size."""
-        best, worst, tie = one.best_and_worst
+        best, worst, tie = one.best_and_worst(self.pairing)
         given = one.rewards
         if self.objective.win_rates and not tie:
             given = calibrated_rewards(given, torch.zeros(len(given), dtype=torch.int64))
@@ -394,7 +395,7 @@ class ImageRollouts:
 
     def _transitions(self, one: Sampled, number: int) -> list[Entry]:
         """Transitions of the best and the worst trajectory of a prompt."""
-        best, worst, tie = one.best_and_worst
+        best, worst, tie = one.best_and_worst(self.pairing)
         latents = one.trajectory.latents
         return [
             Transition(

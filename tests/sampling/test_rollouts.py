@@ -187,6 +187,18 @@ def test_both_trajectories_of_d3po_start_from_the_same_noise_and_those_of_pso_do
             assert torch.equal(batch.x[i], batch.x[i + len(batch)]) == shared
 
 
+def test_of_several_rewards_none_may_say_otherwise_where_dominance_is_asked_for() -> None:
+    latents, rewards = torch.zeros(3, 1), torch.tensor([[0.9, 0.1], [0.5, 0.0], [0.2, 0.3]])
+    one = Sampled(id="x", prompt=0, trajectory=Trajectory([latents], []), reward=rewards.sum(1), rewards=rewards)
+    assert one.best_and_worst("sum") == (0, 1, False)  # 1.0, 0.5, 0.5
+    assert one.best_and_worst("dominance") == (0, 1, False)
+    mixed = replace(one, reward=torch.tensor([1.0, 0.5, 0.4]))
+    assert mixed.best_and_worst("sum") == (0, 2, False)
+    assert mixed.best_and_worst("dominance") == (0, 2, True)
+    alike = replace(one, reward=torch.ones(3))
+    assert alike.best_and_worst("sum") == (0, 1, True)
+
+
 def test_candidates_come_from_one_latent(run: Any, seen: list[Any]) -> None:
     run("run", "spo", rollout={"samples_per_prompt": 3, "reward_scale": 1000.0, "first_step": 1})
     _, batch, _ = seen[0]

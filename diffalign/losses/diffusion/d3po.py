@@ -12,7 +12,7 @@ Consequences: |z| <= beta log(1.1 / 0.9) = 0.0201 and the loss stays in [0.6832,
 is two-sided and does not look at the preference: out of the band a transition has no gradient, whichever way it should go.
 
 Notes: ties (h = 0, both trajectories alike, or neither Pareto-dominates in several rewards) count log 2 each in the
-published mean without any gradient; `ties` can leave them out. The human script copies its reference *after* loading a
+published mean without any gradient; `ties` can leave them out (`rollout.pairing: dominance` makes them). The human script copies its reference *after* loading a
 checkpoint, the reward script before adding adapters (the true base); that is the reference's configuration here. The code
 computes log(sigmoid(z)), safe only for clipped z.
 
@@ -109,3 +109,4 @@ class D3PO(ClippedPair):
     composition: ClassVar[str] = "log-ratio of a transition, clipped -> beta (w - l) -> logistic"
     parity: ClassVar[str] = "yk7333/d3po scripts/train.py (formula)"
     default_beta: ClassVar[Mapping[Kind, float]] = {Kind.STEP: 0.1}
+    pairing: ClassVar[Literal["sum", "dominance"]] = "dominance"
