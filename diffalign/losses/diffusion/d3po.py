@@ -11,10 +11,10 @@ mean would be clipped at once.
 Consequences: |z| <= beta log(1.1 / 0.9) = 0.0201 and the loss stays in [0.6832, 0.7032] at the published settings. The clamp
 is two-sided and does not look at the preference: out of the band a transition has no gradient, whichever way it should go.
 
-Notes: ties (h = 0, both trajectories alike, or neither Pareto-dominates in several rewards) count log 2 each in the
-published mean without any gradient; `ties` can leave them out (`rollout.pairing: dominance` makes them). The human script copies its reference *after* loading a
-checkpoint, the reward script before adding adapters (the true base); that is the reference's configuration here. The code
-computes log(sigmoid(z)), safe only for clipped z.
+Notes: ties (h = 0, both trajectories alike, or neither Pareto-dominates in several rewards; `rollout.pairing`) count log 2
+each in the published mean without any gradient; `ties` can leave them out. The human script copies its reference *after*
+loading a checkpoint, the reward script before adding adapters (the true base); that is the reference's configuration here.
+The code computes log(sigmoid(z)), safe only for clipped z.
 
 Defaults: beta 0.1, clip 0.1 (code). 20 DDIM steps at eta 1, guidance 5 in sampling *and* in training; learning rate 3e-5.
 """
