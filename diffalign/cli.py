@@ -123,6 +123,15 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True)
     export.add_argument("--fp16", action="store_true", help="half precision, for distribution")
     export.add_argument("--merge", action="store_true", help="texts: the whole model with the adapter in its weights")
+    serve = add("serve-reward", run_serve_reward, "host a reward over HTTP, for the reward 'remote'", config=False)
+    serve.add_argument("name", help="a reward of pictures or of texts, as it is named in a config")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    serve.add_argument("--port", type=int, default=8021, help="0 takes any that is free (default: 8021)")
+    serve.add_argument("--device", default="auto", help="default: the first GPU, or the CPU")
+    serve.add_argument("--max-batch", type=int, default=32, help="pictures or texts in a request (default: 32)")
+    serve.add_argument("--max-mb", type=int, default=256, help="MiB in a request (default: 256)")
+    serve.add_argument("--queue", type=int, default=8, help="requests that may wait; more get 503 (default: 8)")
+    serve.add_argument("--token", help="demanded of clients; default: $DIFFALIGN_REWARD_TOKEN, if it is set")
     _add_data(commands, common)
     report = add("report", run_report, "write the HTML report of a run, or compare several", config=False)
     report.add_argument("runs", nargs="+", help="run folders")
@@ -401,6 +410,32 @@ def run_data_make(args: argparse.Namespace) -> int:
             raise UserError(f"data make: got {word!r}; settings are given as key=value")
         options[name] = value
     print(make(args.recipe, args.input, args.output, **options).summary())
+    return 0
+
+
+def run_serve_reward(args: argparse.Namespace) -> int:
+    from diffalign import reward_server
+
+    device = reward_server.check_device(args.device)
+    token = args.token or os.environ.get("DIFFALIGN_REWARD_TOKEN") or None
+    server = reward_server.RewardServer(
+        reward_server.load_any(args.name, device),
+        args.name,
+        host=args.host,
+        port=args.port,
+        device=device,
+        max_batch=args.max_batch,
+        max_bytes=args.max_mb << 20,
+        queue=args.queue,
+        token=token,
+    )
+    if token is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        logging.getLogger("diffalign").warning(
+            "no token: whoever reaches %s may use the reward; give --token", server.url
+        )
+    kind = "remote" if server.health.kind == "images" else "remote_text"
+    print(f"{args.name} on {device}, at most {args.max_batch} a request; use it as {kind}:{server.url}", flush=True)
+    reward_server.serve(server)
     return 0
 
 

@@ -10,7 +10,10 @@ Shapes: B images or texts, H x W pixels, D embedding width.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+import inspect
+import json
 import math
 import os
 from abc import ABC, abstractmethod
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffalign import plugins
+from diffalign import __version__, plugins
 from diffalign.errors import ConfigError, UserError
 
 WEIGHTS_VARIABLE = "DIFFALIGN_WEIGHTS"
@@ -76,6 +79,14 @@ class RewardModel(ABC):
         if argument is not None and cls.argument is None:
             name = plugins.name_of(cls)
             raise ConfigError(f"reward '{name}:{argument}': {name!r} takes nothing after a colon; write {name!r}")
+
+    def identity(self) -> str:
+        """What changes its scores beside name, argument, code and `weights`, as a text; by default nothing."""
+        return ""
+
+    def parts(self) -> dict[str, Tensor]:
+        """What the scores of the last call were made of, by name, (B,) each; by default nothing is told."""
+        return {}
 
 
 class Reward(RewardModel):
@@ -172,6 +183,12 @@ def find(name: str) -> tuple[type[RewardModel], str | None]:
         ConfigError: no such reward, a file that breaks the contract, or an argument it does not take.
     """
     plugin, argument = split_name(name)
+    cls = _find_class(plugin)
+    cls.check_argument(argument)
+    return cls, argument
+
+
+def _find_class(plugin: str) -> type[RewardModel]:
     if not plugin.endswith(".py"):
         check_siblings()
     cls = cast("type[RewardModel]", plugins.find("rewards", plugin))
@@ -179,8 +196,7 @@ def find(name: str) -> tuple[type[RewardModel], str | None]:
         raise ConfigError(
             f"reward {plugin!r} does not state its {', '.join(missing)}; see diffalign.rewards.RewardModel"
         )
-    cls.check_argument(argument)
-    return cls, argument
+    return cls
 
 
 def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Reward:
@@ -246,8 +262,8 @@ def check_text(name: str) -> None:
 
 
 def describe(name: str) -> Description:
-    """What a reward states about itself, without loading its weights."""
-    cls, _ = find(split_name(name)[0])
+    """What a reward states about itself, without loading its weights; the argument is not looked at."""
+    cls = _find_class(split_name(name)[0])
     summary = (cls.__doc__ or "").strip().splitlines()
     return Description(
         name=split_name(name)[0],
@@ -255,6 +271,33 @@ def describe(name: str) -> Description:
         argument=cls.argument,
         **{fact: getattr(cls, fact) for fact in _FACTS},
     )
+
+
+def identity(name: str, reward: RewardModel) -> str:
+    """A hash that changes with all that is known to change a reward's scores: name, argument, weights, code, version.
+
+    A file or folder in the argument counts with its size and time of change. The device does not count.
+    """
+    plugin, argument = split_name(name)
+    sources = {inspect.getfile(cls) for cls in type(reward).__mro__ if issubclass(cls, RewardModel)}
+    if plugin.endswith(".py"):
+        sources.add(plugin)
+    given = Path(argument) if argument else None
+    try:
+        stat = given.stat() if given else None
+    except (OSError, ValueError):  # not a path
+        stat = None
+    facts = [
+        __version__,
+        Path(plugin).stem,
+        argument,
+        [stat.st_size, stat.st_mtime_ns] if stat else None,
+        reward.weights,
+        os.environ.get(WEIGHTS_VARIABLE),
+        sorted(hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in sources),
+        reward.identity(),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def check_siblings() -> None:
@@ -292,6 +335,7 @@ def score(
     *,
     batch_size: int = 32,
     device: torch.device | str | None = None,
+    missing: bool = False,
 ) -> Tensor:
     """Score any number of pictures, with everything checked on the way in and out.
 
@@ -303,6 +347,7 @@ def score(
         metadata: B dictionaries or None.
         batch_size: pictures per call of the reward.
         device: where the reward was loaded, if it is not where the pictures are.
+        missing: let NaN through, which says that the reward has no opinion.
 
     Returns:
         float32 scores, shape (B,), on the device that the reward answers on.
@@ -320,7 +365,7 @@ def score(
         part = slice(start, start + batch_size)
         batch, texts = images[part].to(device).float().clamp(0, 1), list(prompts[part])
         answer = reward(batch, texts, list(metadata[part]) if metadata is not None else None)
-        _check_output(name, answer, texts)
+        _check_output(name, answer, texts, missing=missing)
         scores.append(answer.float())
     return torch.cat(scores) if scores else torch.zeros(0)
 

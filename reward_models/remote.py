@@ -1,0 +1,88 @@
+"""A reward of pictures that runs elsewhere: `diffalign serve-reward NAME` on another machine, GPU or Python environment.
+
+`remote:http://host:8021` asks the server at that address. A server that is gone or busy is waited for, as long as the
+address says: `remote:http://host:8021?wait=600&timeout=60` (seconds; see `diffalign.http_client.Patience`). Pictures travel
+without loss, so scores are those of the server's own machine. A token is taken from $DIFFALIGN_REWARD_TOKEN.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import reward_wire as wire
+from diffalign.errors import ConfigError
+from diffalign.http_client import Server, parse_url
+from diffalign.rewards import Reward, RewardError
+
+log = logging.getLogger("diffalign.rewards")
+
+
+class Remote(Reward):
+    """What a reward server answers."""
+
+    range = (-float("inf"), float("inf"))
+    unit = "that of the reward on the server, which is logged when it is first asked"
+    differentiable = False
+    weights = None
+    licence = "that of the reward on the server"
+    gap = "none: pictures travel without loss, as uint8 where they are on the 8-bit grid and as float32 elsewhere"
+    argument = (
+        f"address of the server, perhaps with ?wait=, timeout=, connect= or backoff= in seconds; default {wire.ADDRESS}"
+    )
+
+    def __init__(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, address: str = wire.ADDRESS
+    ) -> None:
+        self.server, self.health = connect(address, "images")
+        self.clips = self.health.clips  # type: ignore[misc]
+
+    @classmethod
+    def check_argument(cls, argument: str | None) -> None:
+        if argument is not None:
+            parse_url(argument, "reward remote")
+
+    def identity(self) -> str:
+        return self.health.identity
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
+        each = max(1, images[0].numel() * 4)
+        size = min(self.health.max_batch, (self.health.max_bytes - (1 << 20)) // each)  # a MiB for texts
+        if size < 1:
+            raise RewardError(
+                f"reward server {self.server.url} takes {self.health.max_bytes} bytes a request, a picture of "
+                f"{tuple(images.shape[1:])} has {each}; start it with a larger --max-mb"
+            )
+        scores = []
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            body = wire.encode_pictures(images[part], prompts[part], metadata[part] if metadata is not None else None)
+            answer = self.server.post("/score", body, wire.PICTURES)
+            scores.append(wire.decode_scores(answer, len(prompts[part]), self.server.url))
+        return torch.cat(scores).to(images.device)
+
+
+def connect(address: str, kind: str) -> tuple[Server, wire.Health]:
+    """A reward server and what it says about itself.
+
+    Raises:
+        ConfigError: it judges something else.
+        ServerError, WireError: it does not answer, or is no reward server.
+    """
+    url, patience = parse_url(address, "reward remote")
+    server = Server(url, patience, token=os.environ.get(wire.TOKEN_VARIABLE), what="reward server")
+    health = wire.Health.from_json(server.get("/health"), url)
+    if health.kind != kind:
+        other = "remote" if health.kind == "images" else "remote_text"
+        raise ConfigError(
+            f"reward server {url} hosts {health.reward!r}, which judges {health.kind}; name it {other}:{url}"
+        )
+    low, high = health.range
+    log.info(
+        "reward server %s: %s, %g to %g, %s; licence: %s", url, health.reward, low, high, health.unit, health.licence
+    )
+    return server, health
