@@ -482,7 +482,8 @@ def preprocess(
     """CLIP's transform on tensors: shorter side to `size` (bicubic, antialiased), centre crop, normalise.
 
     Imitates Pillow, which the originals use: across first, then down, rounding to 8 bits after each pass. Within
-    1/255 of it (`tests/test_rewards.py`); one float pass without rounding is up to 8/255 away. Keeps the gradient.
+    1/255 of it but for one value in several thousand, which is 2/255 away (`tests/test_rewards.py`,
+    `tests/reward_models/test_hpsv3.py`); one float pass without rounding is up to 8/255 away. Keeps the gradient.
 
     Args:
         images: float RGB in [0, 1], shape (B, 3, H, W).

@@ -38,7 +38,7 @@ class Aesthetic(Reward):
     differentiable = True
     weights = f"{HEAD_REPOSITORY}:{HEAD_FILE} (sha256 {HEAD_SHA256[:12]}), {CLIP}@{CLIP_REVISION}"
     licence = "Apache-2.0 (head), MIT (CLIP)"
-    gap = "resizing is within 1/255 per pixel of Pillow's; the original runs CLIP in float16 on GPUs"
+    gap = "resizing is within 2/255 of Pillow's; the original runs CLIP in float16 on GPUs"
     argument = f"path of a head file (v2 or v1 layout); default: {HEAD_FILE} from $DIFFALIGN_WEIGHTS or the hub"
 
     def __init__(

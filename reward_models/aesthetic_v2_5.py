@@ -35,7 +35,7 @@ class AestheticV25(Reward):
     weights = f"{HEAD_FILE} (sha256 a6caf256b3dc, from the user), {TOWER}@{TOWER_REVISION}"
     licence = "AGPL-3.0 (head), Apache-2.0 (SigLIP)"
     gap = (
-        "resizing is within 1/255 per pixel of Pillow's; the original is run in bfloat16; scores of whole pictures are "
+        "resizing is within 2/255 of Pillow's; the original is run in bfloat16; scores of whole pictures are "
         "UNVERIFIED here (SigLIP's weights were not at hand)"
     )
     argument = f"path of the head file; default: {HEAD_FILE} from $DIFFALIGN_WEIGHTS"

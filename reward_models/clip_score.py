@@ -28,7 +28,7 @@ class ClipScore(Reward):
     differentiable = True
     weights = f"{MODEL}@{REVISION}"
     licence = "MIT"
-    gap = "resizing is within 1/255 per pixel of Pillow's; prompts beyond 77 tokens are cut with the end token kept"
+    gap = "resizing is within 2/255 of Pillow's; prompts beyond 77 tokens are cut with the end token kept"
     argument = "hub id or folder of another transformers CLIP model"
 
     def __init__(

@@ -74,7 +74,7 @@ class ImageReward(Reward):
     weights = f"{REPOSITORY}@{REVISION}:{FILE}, {TOKENIZER}@{TOKENIZER_REVISION} (tokenizer)"
     licence = "Apache-2.0"
     gap = (
-        "resizing is within 1/255 per pixel of Pillow's; scores of the published weights are UNVERIFIED here (key map, "
+        "resizing is within 2/255 of Pillow's; scores of the published weights are UNVERIFIED here (key map, "
         "attention and preprocessing are tested on random weights)"
     )
     argument = f"path of the checkpoint file; default: {FILE} from $DIFFALIGN_WEIGHTS or the hub"

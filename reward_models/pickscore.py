@@ -30,7 +30,7 @@ class PickScore(Reward):
     differentiable = True
     weights = f"{MODEL}@{REVISION}, {PROCESSOR}@{PROCESSOR_REVISION} (tokenizer)"
     licence = "MIT"
-    gap = "resizing is within 1/255 per pixel of Pillow's; the cosine is float32 where the original follows the towers"
+    gap = "resizing is within 2/255 of Pillow's; the cosine is float32 where the original follows the towers"
     argument = "folder or hub id of PickScore-like weights that come with their tokenizer"
 
     def __init__(

@@ -49,7 +49,7 @@ class SubjectSimilarity(Reward):
     gap = (
         "RPO's training reward takes both similarities from ALIGN, here they are CLIP's, or DINO's and CLIP's; RPO resizes "
         "for DINO by the hub's processor, here as DINO's own evaluation does (256, centre crop 224); Pillow's resizing "
-        "within 1/255 per pixel; scores of the published weights are UNVERIFIED here"
+        "within 2/255; scores of the published weights are UNVERIFIED here"
     )
     argument = (
         "clip_i (default) or dino, then perhaps @LAMBDA, then perhaps :FOLDER of references, as in dino@0.3:photos"
