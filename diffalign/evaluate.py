@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign import rewards, statistics
+from diffalign import rewards, score_cache, statistics
 from diffalign.config import EvaluationConfig
 from diffalign.data.batch import collate
 from diffalign.data.loader import PairMicroBatches
@@ -107,14 +107,17 @@ def compare(
             by_prompt = image.view(-1, count, *image.shape[1:])
             evaluation.diversity[side] = pixel_distance(by_prompt[:, :-1].flatten(0, 1), by_prompt[:, 1:].flatten(0, 1))
     prompts = [prompt for prompt in sampler.prompts for _ in range(config.images_per_prompt)]
-    for name in config.rewards:
-        reward = rewards.load(name, device=device)
-        scores = {
-            side: score_all(reward, image, prompts).view(-1, config.images_per_prompt).numpy()
-            for side, image in images.items()
-        }
-        evaluation.results.append(reward_result(name, scores["base"], scores["aligned"]))
-        evaluation.scores[name] = {side: value.tolist() for side, value in scores.items()}
+    with score_cache.from_environment() as cache:
+        for name in config.rewards:
+            reward = rewards.load(name, device=device)
+            scores = {
+                side: score_all(reward, image, prompts, cache=cache, name=name)
+                .view(-1, config.images_per_prompt)
+                .numpy()
+                for side, image in images.items()
+            }
+            evaluation.results.append(reward_result(name, scores["base"], scores["aligned"]))
+            evaluation.scores[name] = {side: value.tolist() for side, value in scores.items()}
     step = config.images_per_prompt
     return evaluation, images["base"][::step], images["aligned"][::step]
 
@@ -125,13 +128,27 @@ def pixel_distance(one: Tensor, other: Tensor) -> float:
     return float(difference.square().flatten(1).mean(1).sqrt().mean())
 
 
-def score_all(reward: rewards.Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Scores (N,) of uint8 images (N, 3, H, W) or clips (N, 3, F, H, W); only one batch at a time is held as floats."""
+def score_all(
+    reward: rewards.Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    batch_size: int = 32,
+    *,
+    cache: score_cache.ScoreCache | None = None,
+    name: str = "",
+) -> Tensor:
+    """Scores (N,) of uint8 images (N, 3, H, W) or clips (N, 3, F, H, W); only one batch at a time is held as floats.
+
+    With a cache, the reward `name` is asked only for what is not in it.
+    """
     seen = images if reward.clips else rewards.stills(images)
-    scores = [
-        rewards.score(reward, to_float(seen[i : i + batch_size]), prompts[i : i + batch_size])
-        for i in range(0, len(seen), batch_size)
-    ]
+    scores = []
+    for start in range(0, len(seen), batch_size):
+        pixels, texts = to_float(seen[start : start + batch_size]), prompts[start : start + batch_size]
+        if cache is None:
+            scores.append(rewards.score(reward, pixels, texts))
+        else:
+            scores.append(cache.score(name, reward, pixels, texts))
     return torch.cat(scores)
 
 
