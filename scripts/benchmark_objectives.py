@@ -140,8 +140,8 @@ def run(
     steps = asked
     if steps is None:
         steps = max(1, round(budget / forwards_per_step(name, base, seed, folder, changes)))
-        every = int(read_tree(name).get("rollout", {}).get("steps_per_generation", 1))
-        steps = max(every, steps // every * every)
+        every = steps_per_round(name)
+        steps = max(every, round(steps / every) * every)
     code = train(name, [*changes, f"training.max_train_steps={steps}"], folder / f"{out.name}.log")
     if code:
         print(f"{out.name}: exit status {code}, see {folder / f'{out.name}.log'}", flush=True)
@@ -154,6 +154,12 @@ def run(
     return result
 
 
+def steps_per_round(name: str) -> int:
+    """Steps between two samplings."""
+    rollout = read_tree(name).get("rollout", {})
+    return int(rollout.get("steps_per_generation", 1)) * int(rollout.get("num_iterations", 1))
+
+
 def forwards_per_step(name: str, base: str, seed: int, folder: Path, changes: list[str]) -> float:
     """Image forwards of an optimiser step, counted on one round (or two steps) without evaluation."""
     cache = folder / "forwards.json"
@@ -161,7 +167,7 @@ def forwards_per_step(name: str, base: str, seed: int, folder: Path, changes: li
     key = f"{name} {base}"
     if key not in known:
         tree = read_tree(name)
-        steps = max(2, int(tree.get("rollout", {}).get("steps_per_generation", 1)))
+        steps = max(2, steps_per_round(name))
         out = folder / f"{PROBE}-{name}-{base}"
         if tree["data"].get("world_pairs"):
             share_pairs(tree, base, seed, out)
