@@ -59,7 +59,7 @@ class HPSv3(Reward):
 
         place = Path(local_weights(REPOSITORY)) if folder is None else Path(folder)
         self.template = _read_template(place / TEMPLATE)
-        path = find_file("hpsv3", REPOSITORY, FILE, REVISION) if folder is None else place / FILE
+        self.path = path = find_file("hpsv3", REPOSITORY, FILE, REVISION) if folder is None else place / FILE
         self.processor = cast(Any, pretrained("hpsv3", AutoProcessor.from_pretrained, base))
         self.processor.tokenizer.add_tokens([TOKEN], special_tokens=True)
         self.token = self.processor.tokenizer.convert_tokens_to_ids(TOKEN)
@@ -90,6 +90,11 @@ class HPSv3(Reward):
             for file in (FILE, TEMPLATE):
                 if not (Path(argument) / file).is_file():
                     raise ConfigError(f"hpsv3: folder {argument!r} holds no {file}")
+
+    def identity(self) -> str:
+        """The instruction, and size and time of change of the weights."""
+        stat = self.path.stat()
+        return repr((self.template, stat.st_size, stat.st_mtime_ns))
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
         vision = self.model.config.vision_config

@@ -87,6 +87,11 @@ class SubjectSimilarity(Reward):
         if argument is not None:
             _parse(argument)
 
+    def identity(self) -> str:
+        """The files of the folder of references, with their sizes and times of change."""
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.what.folder]
+        return repr(stats)
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
         references = [_references(entry, self.what.folder) for entry in metadata or [{}] * len(prompts)]
         embeddings = self.embed(images)

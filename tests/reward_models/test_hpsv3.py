@@ -122,6 +122,10 @@ def test_batches_and_gradient(reward: HPSv3):
     check_gradient(reward, PROMPTS[:2], step=0.002, rel=0.05)
 
 
+def test_identity_holds_the_instruction(reward: HPSv3):
+    assert repr(TEMPLATE) in reward.identity()
+
+
 def test_a_prompt_may_not_hold_the_token(reward: HPSv3):
     with pytest.raises(RewardError, match=r"a prompt holds <\|Reward\|>"):
         score(reward, pictures(1), ["say <|Reward|>"])

@@ -130,3 +130,11 @@ def test_missing_and_odd_references_are_refused(folders: dict[str, Path], tmp_pa
     ):
         with pytest.raises(RewardError, match=message):
             score(reward, pictures(1), PROMPTS[:1], metadata)
+
+
+def test_identity_changes_with_the_references(folders: dict[str, Path], tmp_path: Path):
+    to_pil(pictures(1)[0]).save(tmp_path / "0.png")
+    before = SubjectSimilarity(what=f"clip_i:{tmp_path}", clip=folders["clip"]).identity()
+    assert before == SubjectSimilarity(what=f"clip_i:{tmp_path}", clip=folders["clip"]).identity()
+    to_pil(pictures(1)[0]).save(tmp_path / "1.png")
+    assert SubjectSimilarity(what=f"clip_i:{tmp_path}", clip=folders["clip"]).identity() != before
