@@ -97,6 +97,12 @@ UNREAD = (
     ),
     Unread(
         "rollout",
+        ("old_decay",),
+        lambda config: config.rollout.policy != "lagged" and not config.objective.needs.old,
+        "only runs with a lagged copy of the policy read it: rollout.policy: lagged, or objective diffusion_nft",
+    ),
+    Unread(
+        "rollout",
         ("select", "select_temperature"),
         lambda config: not _chooses(config),
         "only objectives on chosen images alone read it, such as sft, and {objective!r} is none",

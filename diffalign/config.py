@@ -235,8 +235,10 @@ class RolloutConfig:
             them a tie where some reward says otherwise. null: as the objective was published (D3PO: dominance).
         prompts: images: a text file, a shipped list ("world_train", ...) or prompts; empty: the prompts of the data.
         num_prompts: how many of them; null takes all.
-        policy: who samples images: "policy" as it is at the start of a round, or "reference". null: as the objective was
-            published (SePPO: the reference).
+        policy: who samples images: "policy" as it is at the start of a round, "reference", or "lagged", a copy that follows
+            the policy from round to round. null: as published (SePPO: the reference; DiffusionNFT: lagged).
+        old_decay: how much of the lagged copy is kept at the end of a round: a number in [0, 1), or as DiffusionNFT's code:
+            "copy" 0; "linear_to_0_5" min(step / 1000, 1/2); "delayed_linear_to_0_999" 0 up to step 75, then 0.0075 a step.
         num_inference_steps: sampler steps of images.
         guidance_scale: of the sampler and, for trajectories, of the scores; 1 is none. FLUX.1 [dev] is told it.
         eta: 0 samples deterministically (DDIM, Euler), 1 fully stochastically. null: 1 for trajectories, else 0.
@@ -260,7 +262,8 @@ class RolloutConfig:
     pairing: Literal["sum", "dominance"] | None = None
     prompts: str | tuple[str, ...] = ()
     num_prompts: int | None = None
-    policy: Literal["policy", "reference"] | None = None
+    policy: Literal["policy", "reference", "lagged"] | None = None
+    old_decay: float | Literal["copy", "linear_to_0_5", "delayed_linear_to_0_999"] = "linear_to_0_5"
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     eta: float | None = None
@@ -278,6 +281,8 @@ class RolloutConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; expected 0 <= eta <= 1")
+        if isinstance(self.old_decay, float) and not 0 <= self.old_decay < 1:
+            raise ValueError(f"old_decay is {self.old_decay}; expected 0 <= old_decay < 1, or the name of a schedule")
         if self.select_temperature <= 0:
             raise ValueError(f"select_temperature is {self.select_temperature}; expected a positive number")
 
@@ -312,8 +317,10 @@ class DenoisingConfig:
 
     Attributes:
         timestep_min, timestep_max: inclusive bounds of the timestep draw; null means the last step.
-        timestep_sampling: "uniform" over the timesteps, or "logit_normal": t = T sigmoid(logit_mean + logit_std n); null: as
-            the family's models were trained (UNets uniform, flow models logit-normal).
+        timestep_sampling: "uniform" over the timesteps; "logit_normal": t = T sigmoid(logit_mean + logit_std n); or, for
+            sampled images, "sampler": the levels of their sampler but the last, in random order from pass to pass over a
+            round. null: as the objective was published (DiffusionNFT: sampler), else as the family's models were trained
+            (UNets uniform, flow models logit-normal).
         logit_mean, logit_std: of "logit_normal"; a larger mean draws noisier timesteps.
         proportion_empty_prompts: share of the samples whose prompt is replaced by the empty one (keeps classifier-free
             guidance trained); drawn once per sample and visit. The empty prompt is encoded, as in the published code;
@@ -338,7 +345,7 @@ class DenoisingConfig:
 
     timestep_min: int = 0
     timestep_max: int | None = None
-    timestep_sampling: Literal["uniform", "logit_normal"] | None = None
+    timestep_sampling: Literal["uniform", "logit_normal", "sampler"] | None = None
     logit_mean: float = 0.0
     logit_std: float = 1.0
     proportion_empty_prompts: float = 0.0

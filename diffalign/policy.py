@@ -15,7 +15,7 @@ from diffalign.data.batch import PairBatch, RowBatch, Rows
 from diffalign.families import Conditioning, DenoisingFamily
 from diffalign.losses import Cap, Kind, Layout, Objective, Scores
 from diffalign.prediction import add_noise, append_dims, convert, error_factor, mean_squared_error, target
-from diffalign.references import Reference
+from diffalign.references import Lagged, Reference
 
 
 class Policy:
@@ -31,6 +31,7 @@ class Policy:
         autocast: makes the mixed-precision context, entered for policy and reference alike.
         denoising: where and how errors are measured.
         reference: what the policy is compared with; None: the network with its adapters off.
+        lagged: the behaviour policy, for objectives that compare with it.
 
     Attributes:
         forwards: images that went through the network so far, of policy, reference and sampler, with or without gradient.
@@ -44,6 +45,7 @@ class Policy:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         denoising: DenoisingConfig | None = None,
         reference: Reference | None = None,
+        lagged: Lagged | None = None,
     ) -> None:
         self.family = family
         self.network = network
@@ -51,6 +53,7 @@ class Policy:
         self.autocast = autocast
         self.denoising = DenoisingConfig() if denoising is None else denoising
         self.reference = reference
+        self.lagged = lagged
         self.forwards = 0
 
     def against_base(self) -> Policy:
@@ -104,13 +107,20 @@ class Policy:
         return scores.need_error(), None if scores.ref is None else -2 * scores.ref
 
     def measure(
-        self, rows: Rows, *, reference: bool = True, residual: bool = False, noising: str = "forward"
+        self,
+        rows: Rows,
+        *,
+        reference: bool = True,
+        old: bool = False,
+        residual: bool = False,
+        noising: str = "forward",
     ) -> Scores:
         """Scores of rows under policy and reference, at the same noisy latents.
 
         Args:
             rows: N of them.
             reference: False leaves the reference out.
+            old: supply scores of the behaviour policy, too.
             residual: supply errors element by element, too.
             noising: how x_t is made of x0; see `DenoisingConfig.noising`.
         """
@@ -135,8 +145,15 @@ class Policy:
         if reference:
             with without_dropout(self.bare):
                 reference_error, reference_miss = self._reference(x_t, rows, miss, error)
-        missed = miss(self.predict(x_t, rows.t, rows.conditioning))
         more: dict[str, Tensor | None] = {}
+        if old:
+            assert self.lagged is not None, "runs with a behaviour policy have one"
+            with torch.no_grad(), without_dropout(self.bare), self.lagged.active(), self.autocast():
+                old_miss = miss(self._call(self.bare, x_t, rows.t, rows.conditioning))
+            more["old"] = -0.5 * error(old_miss)
+            if residual:
+                more["old_residual"] = scaled(old_miss)
+        missed = miss(self.predict(x_t, rows.t, rows.conditioning))
         if residual:
             more["residual"] = scaled(missed)
             more["ref_residual"] = None if reference_miss is None else scaled(reference_miss)
@@ -264,6 +281,13 @@ class Policy:
             noise = (noise + noise_at(moved(noise))) / 2
         return moved(noise)
 
+    def to_sample(self, t: Tensor) -> Tensor:
+        """How many times larger an error of the clean latents is than a measured one, (N,)."""
+        schedule, space = self.family.schedule, self.denoising.error_space
+        alpha, sigma = schedule.alpha_sigma(t)
+        measured = schedule.prediction_type if space == "native" else space
+        return error_factor(measured, "sample", alpha, sigma).sqrt()
+
     def scores(self, batch: PairBatch | RowBatch, objective: Objective) -> tuple[Scores, Layout]:
         """Scores of a batch and who is compared with whom: minus one half of the denoising errors.
 
@@ -274,11 +298,14 @@ class Policy:
         scores = self.measure(
             rows,
             reference=objective.reads_reference(),
+            old=objective.needs.old,
             residual=Cap.RESIDUAL in objective.required_caps(Kind.BOUND),
             noising=self.denoising.noising or objective.noising,
         )
         if objective.needs.log_snr:
             scores = replace(scores, log_snr=self.family.schedule.log_snr(rows.t))
+        if objective.needs.to_sample:
+            scores = replace(scores, to_sample=self.to_sample(rows.t))
         if objective.needs.patch_weight:
             scores = replace(scores, patch_weight=rows.patch_weight)
         return scores, layout

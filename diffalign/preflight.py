@@ -111,6 +111,11 @@ def _check_image_rollout(config: RunConfig) -> None:
 
     rollout, objective = config.rollout, config.objective
     if not samples_images(config):
+        if config.denoising.timestep_sampling == "sampler":
+            raise ConfigError(
+                "denoising.timestep_sampling: got 'sampler'; the data's images have no sampler whose levels could be taken; "
+                "take 'uniform' or 'logit_normal', or set rollout.rewards"
+            )
         if rollout != RolloutConfig():
             raise ConfigError(
                 f"rollout: objective {objective.name!r} trains on the data's pairs; set rollout.rewards to train it on "

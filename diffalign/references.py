@@ -7,7 +7,7 @@ of the reference is the weighted sum of the parts' scores, with weights that sum
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +15,23 @@ from torch import Tensor, nn
 
 from diffalign.adapters import adapters_off
 from diffalign.config import ReferenceConfig
-from diffalign.losses.references import blend, sync_due
+from diffalign.losses.references import blend, lag_decay, sync_due
 from diffalign.schedules import generator_for
 
 Snapshot = list[Tensor]
+
+
+@contextmanager
+def swapped(params: Sequence[nn.Parameter], weights: Snapshot) -> Iterator[None]:
+    """Inside, parameters have other values; for no-grad forwards that come before the policy's."""
+    saved = [p.data for p in params]
+    try:
+        for param, value in zip(params, weights, strict=True):
+            param.data = value
+        yield
+    finally:
+        for param, value in zip(params, saved, strict=True):
+            param.data = value
 
 
 class Reference:
@@ -56,18 +69,8 @@ class Reference:
     @contextmanager
     def active(self, weights: Snapshot | None) -> Iterator[None]:
         """Inside, the network computes with these adapter weights; for no-grad forwards that come before the policy's."""
-        if weights is None:
-            with adapters_off(self.network):
-                yield
-            return
-        saved = [p.data for p in self.params]
-        try:
-            for param, value in zip(self.params, weights, strict=True):
-                param.data = value
+        with adapters_off(self.network) if weights is None else swapped(self.params, weights):
             yield
-        finally:
-            for param, value in zip(self.params, saved, strict=True):
-                param.data = value
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -96,3 +99,37 @@ class Reference:
 
     def _here(self, values: Sequence[Tensor]) -> Snapshot:
         return [value.to(p.device) for value, p in zip(values, self.params, strict=True)]
+
+
+class Lagged:
+    """The behaviour policy: a copy of the adapter that samples, and follows the policy from round to round.
+
+    Args:
+        params: the adapter's parameters.
+        schedule: how much of the copy is kept at the end of a round; see `lag_decay`.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], schedule: str | float) -> None:
+        self.params, self.schedule = list(params), schedule
+        self.copy: Snapshot = [p.detach().clone() for p in self.params]
+        self.round = 0
+
+    def active(self) -> AbstractContextManager[None]:
+        """Inside, the network computes with the copy."""
+        return swapped(self.params, self.copy)
+
+    @torch.no_grad()
+    def start_round(self, number: int, step: int) -> None:
+        """Follow the policy when a later round than the copy's begins, at an optimiser step."""
+        if number > self.round:
+            blend(self.copy, self.params, 1 - lag_decay(self.schedule, step))
+            self.round = number
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores."""
+        return {"copy": self.copy, "round": self.round}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.copy = [value.to(p.device) for value, p in zip(state["copy"], self.params, strict=True)]
+        self.round = int(state["round"])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign import adapters
 from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, micro_batches
 from diffalign.data.pipeline import is_held_out
 from diffalign.data.prepare import REPORT, prepare
@@ -23,10 +24,17 @@ from diffalign.metrics import StepMetrics
 from diffalign.outputs import Outputs
 from diffalign.policy import Policy
 from diffalign.preflight import check_schedule
-from diffalign.references import Reference
+from diffalign.references import Lagged, Reference
 from diffalign.sampling import Sampler
 from diffalign.sampling.entries import StepBatch
-from diffalign.sampling.rollouts import AnyBatch, ImageRollouts, kind_of, noise_of, samples_images
+from diffalign.sampling.rollouts import (
+    AnyBatch,
+    ImageRollouts,
+    kind_of,
+    noise_of,
+    samples_images,
+    sampling_policy,
+)
 from diffalign.summary import objective_summary
 
 
@@ -119,7 +127,10 @@ class ImageJob(Job):
         return self.family.network
 
     def start(self, network: nn.Module, bare: nn.Module, reference: Reference) -> None:
-        self.policy = Policy(self.family, network, bare, self.autocast, self.config.denoising, reference)
+        lagged = None
+        if self.online and (self.objective.needs.old or sampling_policy(self.config) == "lagged"):
+            lagged = Lagged(adapters.parameters(bare), self.config.rollout.old_decay)
+        self.policy = Policy(self.family, network, bare, self.autocast, self.config.denoising, reference, lagged)
         self.forwards_before = 0  # images through the network before the run was resumed
         self.estimator = self.objective.estimator()
         self.rollouts = self._rollouts() if self.online else None
@@ -211,6 +222,7 @@ class ImageJob(Job):
         state = {
             "estimator": {} if self.estimator is None else self.estimator.state_dict(),
             "rollouts": {} if self.rollouts is None else self.rollouts.state_dict(),
+            "lagged": {} if self.policy.lagged is None else self.policy.lagged.state_dict(),
         }
         return {name: value for name, value in state.items() if value} | {"image_forwards": forwards}
 
@@ -219,6 +231,8 @@ class ImageJob(Job):
             self.estimator.load_state_dict(state.get("estimator", {}))
         if self.rollouts is not None:
             self.rollouts.load_state_dict(state.get("rollouts", {}))
+        if self.policy.lagged is not None and "lagged" in state:
+            self.policy.lagged.load_state_dict(state["lagged"])
         self.forwards_before = int(state.get("image_forwards", 0))
 
 

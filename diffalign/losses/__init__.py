@@ -75,6 +75,7 @@ if TYPE_CHECKING:
         DDIMInPO,
         DiffusionDRO,
         DiffusionKTO,
+        DiffusionNFT,
         DualIPO,
         FlowDPO,
         PatchDPO,
@@ -309,6 +310,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "gdpo": "GDPO",
         "flow_dpo": "FlowDPO",
         "dual_ipo": "DualIPO",
+        "diffusion_nft": "DiffusionNFT",
     },
 }
 _MODULES = (

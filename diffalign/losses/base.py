@@ -87,6 +87,7 @@ class Needs:
         extra: names in `Scores.extra`.
         stats: names of what an estimator supplies.
         log_snr: reads `Scores.log_snr`.
+        to_sample: reads `Scores.to_sample`.
         patch_weight: reads `Scores.patch_weight`.
     """
 
@@ -100,6 +101,7 @@ class Needs:
     stats: tuple[str, ...] = ()
     or_layout: tuple[str, ...] = ()
     log_snr: bool = False
+    to_sample: bool = False
     patch_weight: bool = False
 
 
@@ -174,6 +176,7 @@ class Objective(ABC):
             "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
             latents drawn from one latent.
+        timesteps: of sampled images that are noised again: "family", as its models were trained, or the "sampler"'s levels.
         shared_start: whether the trajectories of a prompt start from the same noise.
         pairing: how two sampled images make a pair where there are several rewards; see `rollout.pairing`.
         win_rates: whether it reads rewards as win rates among the samples of a prompt, which a rollout then makes of them.
@@ -193,6 +196,7 @@ class Objective(ABC):
     noise: ClassVar[Literal["shared", "independent"]] = "shared"
     noising: ClassVar[Literal["forward", "ddim_inversion", "renoise_inversion"]] = "forward"
     source: ClassVar[Source] = "data"
+    timesteps: ClassVar[Literal["family", "sampler"]] = "family"
     shared_start: ClassVar[bool] = True
     pairing: ClassVar[Literal["sum", "dominance"]] = "sum"
     win_rates: ClassVar[bool] = False
@@ -247,6 +251,10 @@ class Objective(ABC):
 
     def estimator(self) -> Estimator | None:
         """A fresh estimator, for objectives that need `stats`."""
+        return None
+
+    def round_advantage(self, groups: Groups) -> Tensor | None:
+        """Advantages of all groups of a round, (M,), computed before it is cut; None: the objective makes none of them."""
         return None
 
     def initial_loss(self, kind: Kind = Kind.TOKEN) -> float | None:

@@ -79,12 +79,15 @@ def adopt(owner: Objective, parts: Collection[Objective]) -> None:
         extra=tuple(dict.fromkeys(name for needs in theirs for name in needs.extra)),
         stats=tuple(dict.fromkeys(name for needs in theirs for name in needs.stats)),
         log_snr=any(needs.log_snr for needs in theirs),
+        to_sample=any(needs.to_sample for needs in theirs),
         patch_weight=any(needs.patch_weight for needs in theirs),
     )
     object.__setattr__(owner, "needs", asked)
     for noise, noising, source in ways:
         for attribute, value in (("noise", noise), ("noising", noising), ("source", source)):
             object.__setattr__(owner, attribute, value)
+    if parts:  # whatever a sampled pair is made for, its parts read the same one
+        object.__setattr__(owner, "win_rates", any(part.win_rates for part in parts))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,13 @@ class GroupObjective(Objective):
         """How advantages are computed: arguments of `advantages.advantages`."""
         return {"center": self.center, "scale": self.scale_rewards, "aggregate": self.aggregate}
 
+    def round_advantage(self, groups: Groups) -> Tensor | None:
+        if self.beta and self.kl_in_reward:
+            return None  # the penalty needs scores
+        summed = self.aggregate == "sum_then_normalize"
+        reward = self.total(groups) if summed else groups.reward
+        return advantages(reward, groups.group, weight=None if summed else self.reward_weights, **self.options())
+
     def advantage(self, scores: Scores, groups: Groups) -> Tensor:
         """Advantages, (M,), without gradient: `groups.advantage` if there is one, else computed from these groups."""
         if groups.advantage is not None:

@@ -186,3 +186,27 @@ def extragradient_update(
     optimizer.load_state_dict(state)
     step(ahead)
     optimizer.zero_grad(set_to_none=True)
+
+
+def lag_decay(schedule: str | float, step: int) -> float:
+    """How much of the lagged policy is kept when a round ends.
+
+    Args:
+        schedule: a number; or as DiffusionNFT's code: "copy" 0, "linear_to_0_5" min(step / 1000, 1/2),
+            "delayed_linear_to_0_999" 0 up to step 75, then min(0.0075 (step - 75), 0.999).
+        step: optimiser steps made.
+
+    Raises:
+        ValueError: unknown schedule.
+    """
+    if schedule == "copy":
+        return 0.0
+    if schedule == "linear_to_0_5":
+        return min(0.001 * step, 0.5)
+    if schedule == "delayed_linear_to_0_999":
+        return min(max(0.0, 0.0075 * (step - 75)), 0.999)
+    if isinstance(schedule, (int, float)) and 0 <= schedule < 1:
+        return float(schedule)
+    raise ValueError(
+        f"old_decay is {schedule!r}; expected a number in [0, 1), copy, linear_to_0_5 or delayed_linear_to_0_999"
+    )

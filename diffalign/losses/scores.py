@@ -137,6 +137,9 @@ class Scores:
             `error` is the mean of its square. Supplied where `Cap.RESIDUAL` is among the objective's needs.
         ref_residual: the same of the reference at the same (t, noise), no gradient; residual - ref_residual is the
             difference of the two predictions.
+        old_residual: the same of the behaviour policy, no gradient.
+        to_sample: how many times larger an error of the clean latents is than one of the prediction at the row's noise
+            level, (N,), > 0, BOUND only: t for flow, sigma / alpha for eps, sigma for v.
         log_snr: log(alpha^2 / sigma^2) of the noise level of every row, (N,), BOUND only; with alpha = 1 - t and sigma = t
             (flow matching) 1 - t is sigmoid(log_snr / 2). Infinite at the ends of the schedule.
         patch_weight: >= 0, weights of the locations of a latent, (N, h, w), BOUND only.
@@ -157,6 +160,8 @@ class Scores:
     error: Tensor | None = None
     residual: Tensor | None = None
     ref_residual: Tensor | None = None
+    old_residual: Tensor | None = None
+    to_sample: Tensor | None = None
     log_snr: Tensor | None = None
     patch_weight: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
@@ -165,7 +170,18 @@ class Scores:
     def __post_init__(self) -> None:
         if self.theta.ndim != 1:
             raise ValueError(f"scores.theta has shape {tuple(self.theta.shape)}; expected one score per row, (N,)")
-        rows = ("theta", "ref", "old", "length", "imitation", "prompt_imitation", "prompt_length", "error", "log_snr")
+        rows = (
+            "theta",
+            "ref",
+            "old",
+            "length",
+            "imitation",
+            "prompt_imitation",
+            "prompt_length",
+            "error",
+            "log_snr",
+            "to_sample",
+        )
         for name in rows:
             value = getattr(self, name)
             if value is None:
@@ -174,19 +190,18 @@ class Scores:
                 raise ValueError(f"scores.{name} has shape {tuple(value.shape)}; expected {tuple(self.theta.shape)}")
             object.__setattr__(self, name, lift(value))
         self._check_latents()
-        for name in ("ref", "old", "ref_residual"):
+        for name in ("ref", "old", "ref_residual", "old_residual"):
             value = getattr(self, name)
             if value is not None and value.requires_grad:
                 raise ValueError(f"scores.{name} carries gradient; compute it under torch.no_grad()")
 
     def _check_latents(self) -> None:
         """What only denoising scores have, and shapes of what is given per element or location of a latent."""
-        given = [
-            name for name in ("residual", "ref_residual", "log_snr", "patch_weight") if getattr(self, name) is not None
-        ]
+        latent = ("residual", "ref_residual", "old_residual", "log_snr", "to_sample", "patch_weight")
+        given = [name for name in latent if getattr(self, name) is not None]
         if given and self.kind is not Kind.BOUND:
             raise ValueError(f"scores.{given[0]} belongs to denoising scores; these are {self.kind.value} scores")
-        for name in ("residual", "ref_residual", "patch_weight"):
+        for name in ("residual", "ref_residual", "old_residual", "patch_weight"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -356,6 +371,26 @@ class Scores:
         if self.ref_residual is None:
             raise ValueError("this objective compares predictions with a reference's; scores.ref_residual is missing")
         return self.ref_residual
+
+    def need_old_residual(self) -> Tensor:
+        """The behaviour policy's prediction minus its target, (N, *latent).
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.old_residual is None:
+            raise ValueError("this objective compares with the policy that sampled; scores.old_residual is missing")
+        return self.old_residual
+
+    def need_to_sample(self) -> Tensor:
+        """Factors from errors of the prediction to errors of the clean latents, (N,).
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.to_sample is None:
+            raise ValueError("this objective measures errors of clean latents; scores.to_sample is missing")
+        return self.to_sample
 
     def need_log_snr(self) -> Tensor:
         """The log of the signal-to-noise ratio of every row, (N,).

@@ -78,6 +78,7 @@ class SampledRows:
         reward: weighted sum, (K,).
         rewards: (K, R).
         label: 1 for images to be liked, (K,).
+        advantage: over the whole round, (K,), where the objective wants one.
     """
 
     id: str
@@ -87,6 +88,7 @@ class SampledRows:
     reward: Tensor
     rewards: Tensor
     label: Tensor
+    advantage: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

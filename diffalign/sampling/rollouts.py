@@ -73,6 +73,13 @@ def noise_of(config: RunConfig) -> str:
     return config.denoising.noise or str(config.objective.noise)
 
 
+def sampling_policy(config: RunConfig) -> str:
+    """Who samples: "policy", "reference" or "lagged"."""
+    objective: Objective = config.objective
+    published = "reference" if objective.source == "generated" else "lagged" if objective.needs.old else "policy"
+    return config.rollout.policy or published
+
+
 def kind_of(objective: Objective) -> Kind:
     """The kind of score that an image run gives an objective."""
     return Kind.STEP if objective.source in TRANSITIONS else Kind.BOUND
@@ -173,6 +180,8 @@ class ImageRollouts:
     def _make(self, number: int) -> list[Entry]:
         """This process's entries of a round, in the order of its micro-batches."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if self.policy.lagged is not None:
+            self.policy.lagged.start_round(number, number * self.steps_per_round)
         prompts = self.plan.micro_batch(number)
         names = [
             f"rollout {index}/{sum(i == index for i, _ in prompts[:place])}"  # one that comes twice is sampled anew
@@ -184,7 +193,7 @@ class ImageRollouts:
         if self.family.device.type != "cpu":
             self.family.park(DECODER)  # the device's memory belongs to training
         if not together:
-            return [entry for entries in made for entry in entries]
+            return self._with_advantages(mine, [entry for entries in made for entry in entries])
         # Entries of a prompt are spread over the round, so over the processes, too.
         found = list(zip(mine, made, strict=True))
         if world > 1:
@@ -194,6 +203,23 @@ class ImageRollouts:
             every = _weighed(every)
         order = torch.randperm(len(every), generator=generator_for(self.config.seed, "transitions", number)).tolist()
         return [every[order[i]] for i in self._own(len(every))]
+
+    def _with_advantages(self, places: Sequence[int], entries: list[Entry]) -> list[Entry]:
+        """Groups with what the objective makes of the rewards of the whole round, over all processes."""
+        if "groups" not in self.objective.needs.layout:
+            return entries
+        groups = [entry for entry in entries if isinstance(entry, SampledRows)]
+        found = [(place, entry.rewards) for place, entry in zip(places, groups, strict=True)]
+        if self.accelerator.num_processes > 1:
+            found = gather_object(found)
+        every = sorted(found, key=lambda one: one[0])
+        sizes = torch.tensor([len(reward) for _, reward in every])
+        group = torch.tensor([place for place, _ in every]).repeat_interleave(sizes)
+        reward = torch.cat([reward for _, reward in every])
+        advantage = self.objective.round_advantage(Groups(index=torch.arange(len(reward)), group=group, reward=reward))
+        if advantage is None:
+            return entries
+        return [replace(e, advantage=advantage[group == place]) for place, e in zip(places, groups, strict=True)]
 
     def _own(self, count: int) -> list[int]:
         """Places of this process's entries: micro-batches are dealt in turn, as those of data are."""
@@ -228,8 +254,11 @@ class ImageRollouts:
     @contextmanager
     def _sampler(self) -> Iterator[None]:
         """The network of whoever samples, without dropout."""
-        who = self.rollout.policy or ("reference" if self.objective.source == "generated" else "policy")
+        who = sampling_policy(self.config)
         context: AbstractContextManager[None] = nullcontext()
+        if who == "lagged":
+            assert self.policy.lagged is not None, "runs with a behaviour policy have one"
+            context = self.policy.lagged.active()
         if who == "reference" and self.policy.reference is not None:
             context = self.policy.reference.active(self.policy.reference.parts()[0][1])
         with torch.no_grad(), sampling_mode(self.policy.bare, adapters=True), context:
@@ -490,38 +519,45 @@ class ImageRollouts:
 
     def _batch(self, entries: Sequence[Entry], number: int, iteration: int) -> AnyBatch:
         """Entries with conditioning, timesteps and noise, on the CPU; every pass over a round draws its own noise."""
-        again = f" again {iteration}" if iteration else ""
         first = entries[0]
         if isinstance(first, Transition):
             return self._step_batch([e for e in entries if isinstance(e, Transition)])
         if isinstance(first, SampledRows):
-            return self._row_batch([e for e in entries if isinstance(e, SampledRows)], number, again)
+            return self._row_batch([e for e in entries if isinstance(e, SampledRows)], number, iteration)
         examples = []
         for entry in entries:
             if isinstance(entry, SampledPair):
-                examples.append(self._pair_example(entry, number, again))
+                examples.append(self._pair_example(entry, number, iteration))
             elif isinstance(entry, SampledLoser):
-                examples.append(self._against_winner(entry, number, again))
+                examples.append(self._against_winner(entry, number, iteration))
         return collate(examples)
 
-    def _draw(self, name: str, number: int) -> tuple[int, Tensor]:
+    def _draw(self, name: str, number: int, iteration: int) -> tuple[int, Tensor]:
+        """Timestep and noise of a row in a pass over the round."""
         schedule = self.family.schedule
-        generator = generator_for(self.config.seed, f"{name} noise", number)
-        denoising = replace(self.config.denoising, proportion_empty_prompts=0.0)
+        again = f" again {iteration}" if iteration else ""
+        generator = generator_for(self.config.seed, f"{name}{again} noise", number)
+        of_sampler = (self.config.denoising.timestep_sampling or self.objective.timesteps) == "sampler"
+        sampling = None if of_sampler else self.config.denoising.timestep_sampling
+        denoising = replace(self.config.denoising, proportion_empty_prompts=0.0, timestep_sampling=sampling)
         t, noise, _ = draw(
             denoising, generator, self.latent_shape, schedule.num_timesteps, self.family.timestep_sampling
         )
+        if of_sampler:  # every level but the last, once before any comes again
+            count = max(1, len(self.grid) - 1)
+            order = torch.randperm(count, generator=generator_for(self.config.seed, f"{name} levels", number))
+            t = int(self.grid.timesteps[order[iteration % count]])
         return t, noise
 
-    def _pair_noise(self, name: str, number: int) -> dict[str, Any]:
+    def _pair_noise(self, name: str, number: int, iteration: int) -> dict[str, Any]:
         """Timestep and noise of a pair, or of both of its images."""
-        t, noise = self._draw(name, number)
+        t, noise = self._draw(name, number, iteration)
         if not self.independent:
             return {"t": t, "noise": noise}
-        rejected_t, rejected_noise = self._draw(f"{name} rejected", number)
+        rejected_t, rejected_noise = self._draw(f"{name} rejected", number, iteration)
         return {"t": t, "noise": noise, "rejected_t": rejected_t, "rejected_noise": rejected_noise}
 
-    def _pair_example(self, entry: SampledPair, number: int, again: str) -> PairExample:
+    def _pair_example(self, entry: SampledPair, number: int, iteration: int) -> PairExample:
         return PairExample(
             id=f"{entry.id}/{number}",
             chosen=entry.latents[0],
@@ -533,10 +569,10 @@ class ImageRollouts:
             weight=entry.weight,
             chosen_reward=entry.rewards[0],
             rejected_reward=entry.rewards[1],
-            **self._pair_noise(entry.id + again, number),
+            **self._pair_noise(entry.id, number, iteration),
         )
 
-    def _against_winner(self, entry: SampledLoser, number: int, again: str) -> PairExample:
+    def _against_winner(self, entry: SampledLoser, number: int, iteration: int) -> PairExample:
         """The chosen image of a data pair against a sample; on a first pass with the noise that the data give it."""
         example = replace(
             self._winner(entry.place, entry.visit),
@@ -546,8 +582,8 @@ class ImageRollouts:
             p=1.0,
         )
         if entry.step is None:
-            return replace(example, **self._pair_noise(entry.id + again, number)) if again else example
-        _, fresh = self._draw(entry.id + again, number)
+            return replace(example, **self._pair_noise(entry.id, number, iteration)) if iteration else example
+        _, fresh = self._draw(entry.id, number, iteration)
         return replace(
             example,
             id=f"{example.id}/{entry.id.rpartition(' ')[2]}",
@@ -557,12 +593,12 @@ class ImageRollouts:
             rejected_target=entry.target,
         )
 
-    def _row_batch(self, entries: list[SampledRows], number: int, again: str) -> RowBatch:
+    def _row_batch(self, entries: list[SampledRows], number: int, iteration: int) -> RowBatch:
         """Rows of several prompts; their groups are numbered."""
         ids = tuple(f"{e.id}/{k}" for e in entries for k in e.numbers)
         groups = "groups" in self.objective.needs.layout
         shared = groups and not self.independent  # all of a group at one timestep and noise
-        drawn = [self._draw((f"{name.rpartition('/')[0]}/0" if shared else name) + again, number) for name in ids]
+        drawn = [self._draw(f"{name.rpartition('/')[0]}/0" if shared else name, number, iteration) for name in ids]
         content = Rows(
             x0=torch.cat([e.latents for e in entries]),
             noise=torch.stack([noise for _, noise in drawn]),
@@ -573,8 +609,10 @@ class ImageRollouts:
         if groups:
             sizes = torch.tensor([len(e.numbers) for e in entries])
             group = torch.arange(len(entries)).repeat_interleave(sizes)
-            rewards_ = torch.cat([e.rewards for e in entries])
-            layout = Layout(groups=Groups(index=index, group=group, reward=rewards_))
+            reward = torch.cat([e.rewards for e in entries])
+            parts = [e.advantage for e in entries if e.advantage is not None]
+            advantage = torch.cat(parts) if parts else None
+            layout = Layout(groups=Groups(index=index, group=group, reward=reward, advantage=advantage))
         else:
             label, reward = torch.cat([e.label for e in entries]), torch.cat([e.reward for e in entries])
             layout = Layout(items=Items(index=index, label=label, target=reward))

@@ -193,6 +193,7 @@ NOT_SPLIT = {
     "mapl": "adds the mean over the further pairs of the micro-batch, exact where their number is the same in all",
     "dual_ipo": "adds the mean over the real items of the micro-batch, exact where their number is the same in all",
     "dspo, link, above its gate": "its gate is the mean of the micro-batch, by definition",
+    "diffusion_nft": "divides by the deviation of the whole round, which a trainer computes before it cuts it",
     "bide_dpo of a batch alone": "without statistics its shares are those of the micro-batch",
     "aot": "sorts the micro-batch, by definition",
     "aot_unpaired": "sorts the micro-batch, by definition",

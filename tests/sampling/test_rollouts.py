@@ -15,7 +15,9 @@ from diffalign import checkpoint
 from diffalign.data.batch import PairBatch, RowBatch, mapped
 from diffalign.errors import ConfigError
 from diffalign.jobs.image import ImageJob
+from diffalign.losses.references import lag_decay
 from diffalign.metrics import read_rows
+from diffalign.references import Lagged
 from diffalign.sampling import rollouts as rollouts_module
 from diffalign.sampling.entries import Sampled, StepBatch
 from diffalign.sampling.rollouts import ImageRollouts
@@ -301,9 +303,9 @@ def test_a_dropped_prompt_is_dropped_in_the_sample_too(run: Any, seen: list[Any]
     torch.testing.assert_close(out.metrics["error/rejected"], torch.zeros(8), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo"])
+@pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo", "diffusion_nft"])
 def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_path: Path) -> None:
-    settings = {} if objective == "d3po" else {"beta": 50.0}
+    settings = {"beta": 50.0} if objective in ("dpo", "gdpo") else {}
     rollout = {"steps_per_generation": 4}
     training = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 6}
     whole = run("whole", objective, settings=settings, rollout=rollout, training=training)
@@ -325,7 +327,7 @@ def test_a_round_may_be_cut_otherwise_when_it_is_resumed(run: Any) -> None:
     assert losses_of(part) == pytest.approx(losses_of(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "gdpo", "d3po", "spo", "seppo", "dro"])
+@pytest.mark.parametrize("objective", ["dpo", "gdpo", "diffusion_nft", "d3po", "spo", "seppo", "dro"])
 def test_a_round_is_the_same_on_one_process_and_on_two(
     run: Any, seen: list[Any], monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
@@ -338,12 +340,13 @@ def test_a_round_is_the_same_on_one_process_and_on_two(
     first, second = processes(job, 2, 6, monkeypatch)
     assert [e.id for e in first + second] == [e.id for e in alone]
     for a, b in zip(first + second, alone, strict=True):
-        for name in ("latents", "x", "x_next", "x_t", "target", "weight"):
+        for name in ("latents", "x", "x_next", "x_t", "target", "weight", "advantage"):
             if getattr(b, name, None) is not None:
                 torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-4)
     # micro-batches are dealt in turn
-    first, second = processes(job, 2, 2 if objective == "gdpo" else 3, monkeypatch)
-    (alone,) = processes(job, 1, 4 if objective == "gdpo" else 6, monkeypatch)
+    size = 2 if objective in ("gdpo", "diffusion_nft") else 3
+    first, second = processes(job, 2, size, monkeypatch)
+    (alone,) = processes(job, 1, 2 * size, monkeypatch)
     half = len(alone) // 2
     assert [e.id for e in first] == [e.id for e in alone[:half]]
 
@@ -404,6 +407,63 @@ def test_a_small_batch_of_the_sampler_splits_a_group(run: Any, seen: list[Any]) 
 def test_nothing_of_a_round_stays_where_it_was_sampled() -> None:
     made = mapped(Trajectory([torch.zeros(1)], [torch.ones(1)]), lambda x: x.double())
     assert made.latents[0].dtype == made.outputs[0].dtype == torch.float64
+
+
+def test_diffusion_nft_starts_where_the_lagged_policy_is(run: Any, seen: list[Any]) -> None:
+    run("run", "diffusion_nft", rollout={"num_iterations": 3, "old_decay": 0.5}, training={"max_train_steps": 6})
+    job, batch, out = seen[0]
+    assert out.metrics["moved"].max() == 0  # the policy is the lagged one
+    assert out.metrics["kl"].max() == 0  # and the base
+    torch.testing.assert_close(out.metrics["error/better"], out.metrics["error/worse"])
+    assert seen[1][2].metrics["moved"].max() > 0
+    # advantages are those of the whole round: mean 0 in a group, and as wide as all rewards
+    groups = batch.layout.need_groups()
+    assert groups.advantage is not None
+    torch.testing.assert_close(groups.advantage.view(3, 2).sum(1), torch.zeros(3), rtol=0, atol=1e-5)
+    reward = groups.reward[:, 0]
+    centred = reward.view(3, 2) - reward.view(3, 2).mean(1, keepdim=True)
+    torch.testing.assert_close(groups.advantage, (centred / (reward.std(correction=0) + 1e-4)).flatten())
+    # a level of the sampler per pass, none twice, and not the last
+    times = torch.stack([b.t for _, b, _ in seen[:3]])
+    assert set(times.flatten().tolist()) <= set(job.rollouts.grid.timesteps[:-1].tolist())
+    assert all(len(set(column.tolist())) == 3 for column in times.T)
+    assert torch.equal(seen[0][1].content.x0, seen[2][1].content.x0)
+    assert job.policy.lagged.round == 1
+
+
+def test_the_lagged_policy_follows_at_the_start_of_a_round() -> None:
+    param = torch.nn.Parameter(torch.zeros(2))
+    lagged = Lagged([param], 0.75)
+    with torch.no_grad():
+        param.fill_(4.0)
+    lagged.start_round(0, 0)
+    assert lagged.copy[0].tolist() == [0.0, 0.0]
+    lagged.start_round(1, 10)
+    assert lagged.copy[0].tolist() == [1.0, 1.0]
+    lagged.start_round(1, 10)  # a round that is made anew
+    assert lagged.copy[0].tolist() == [1.0, 1.0]
+    with lagged.active():
+        assert param.tolist() == [1.0, 1.0]
+    assert param.tolist() == [4.0, 4.0]
+    other = Lagged([param], 0.75)
+    other.load_state_dict(lagged.state_dict())
+    assert other.copy[0].tolist() == [1.0, 1.0]
+    assert other.round == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("copy", [0, 0, 0, 0, 0]),
+        ("linear_to_0_5", [0, 0.074, 0.075, 0.208, 0.5]),
+        ("delayed_linear_to_0_999", [0, 0, 0, 0.9975, 0.999]),
+        (0.3, [0.3] * 5),
+    ],
+)
+def test_schedules_of_the_lagged_policy_are_the_released_ones(schedule: str | float, expected: list[float]) -> None:
+    assert [lag_decay(schedule, step) for step in (0, 74, 75, 208, 500)] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="old_decay is 1"):
+        lag_decay(1.0, 0)
 
 
 def test_forwards_are_counted(run: Any) -> None:

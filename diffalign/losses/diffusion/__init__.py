@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffalign.losses.diffusion.gdpo import GDPO
     from diffalign.losses.diffusion.inpo import DDIMInPO
     from diffalign.losses.diffusion.kto import DiffusionKTO
+    from diffalign.losses.diffusion.nft import DiffusionNFT
     from diffalign.losses.diffusion.patch_dpo import PatchDPO
     from diffalign.losses.diffusion.pso import PSO, PSOPersonal
     from diffalign.losses.diffusion.sdpo import SDPO
@@ -53,6 +54,7 @@ MODULES: dict[str, str] = {
     "GDPO": "gdpo",
     "FlowDPO": "flow_dpo",
     "DualIPO": "dual_ipo",
+    "DiffusionNFT": "nft",
 }
 
 

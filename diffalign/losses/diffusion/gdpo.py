@@ -113,6 +113,9 @@ class GDPO(BetaObjective):
         )
         return super().summary() | weights
 
+    def round_advantage(self, groups: Groups) -> Tensor:
+        return self.advantage(groups)
+
     def advantage(self, groups: Groups) -> Tensor:
         """Advantages, (M,), without gradient: those of the groups if they have any."""
         if groups.advantage is not None:
