@@ -123,6 +123,21 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True)
     export.add_argument("--fp16", action="store_true", help="half precision, for distribution")
     export.add_argument("--merge", action="store_true", help="texts: the whole model with the adapter in its weights")
+    score = add("score", run_score, "score pictures: a table, and the best and the worst to look at", config=False)
+    score.add_argument("source", help="a folder of pictures, or a JSONL, JSON, CSV or parquet file")
+    score.add_argument("--reward", action="append", default=[], help="may be given several times")
+    score.add_argument("--prompts", help="of a folder: a file with a prompt a line, in the order of the names")
+    score.add_argument("--prompt", help="one prompt for all pictures")
+    score.add_argument("--image-column", help="of a file; default: image, file, file_name, path, ...")
+    score.add_argument("--prompt-column", help="of a file; default: prompt, caption or text")
+    score.add_argument("--metadata", action="append", default=[], help="a column that the rewards get; several times")
+    score.add_argument("--device", default="auto", help="default: the first GPU, or the CPU")
+    score.add_argument("--batch-size", type=int, default=32)
+    score.add_argument("--cache", help="file of known scores; default: $DIFFALIGN_SCORE_CACHE, if it is set")
+    score.add_argument("--out", default="scores.csv", help=".csv, .jsonl or .parquet (default: scores.csv)")
+    score.add_argument("--grid", help="the best and the worst: .html or .png")
+    score.add_argument("--show", type=int, default=12, help="how many of each (default: 12)")
+    score.add_argument("--statistics", help="write what the reward 'mix' needs to standardise and rank: .json")
     serve = add("serve-reward", run_serve_reward, "host a reward over HTTP, for the reward 'remote'", config=False)
     serve.add_argument("name", help="a reward of pictures or of texts, as it is named in a config")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
@@ -410,6 +425,41 @@ def run_data_make(args: argparse.Namespace) -> int:
             raise UserError(f"data make: got {word!r}; settings are given as key=value")
         options[name] = value
     print(make(args.recipe, args.input, args.output, **options).summary())
+    return 0
+
+
+def run_score(args: argparse.Namespace) -> int:
+    from diffalign import reward_server, score
+
+    settings = score.Settings(
+        source=Path(args.source),
+        rewards=tuple(args.reward),
+        prompts=Path(args.prompts) if args.prompts else None,
+        prompt=args.prompt,
+        image_column=args.image_column,
+        prompt_column=args.prompt_column,
+        metadata=tuple(args.metadata),
+        device=reward_server.check_device(args.device),
+        batch_size=args.batch_size,
+        cache=Path(args.cache) if args.cache else None,
+        show=args.show,
+    )
+    out, grid = Path(args.out), Path(args.grid) if args.grid else None
+    score.check(settings, out, grid)
+    scored = score.score(settings)
+    score.write_table(out, scored.table())
+    print(scored.summary())
+    print(f"table: {out}")
+    if scored.report.skipped or scored.report.bad_shards:
+        listed = out.with_name(f"{out.name}.report.json")
+        scored.report.write(listed)
+        print(f"every row that could not be scored: {listed}")
+    if grid is not None:
+        score.write_grid(grid, scored)
+        print(f"best and worst: {grid}")
+    if args.statistics:
+        score.write_statistics(Path(args.statistics), scored)
+        print(f"statistics: {args.statistics}")
     return 0
 
 

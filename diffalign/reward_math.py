@@ -80,7 +80,7 @@ def load_statistics(path: Path, name: str) -> Statistics:
         return Statistics(one["mean"], one["std"], tuple(one["quantiles"]), one["count"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"statistics {path} cannot be read ({error}); expected what reward_math.save_statistics writes"
+            f"statistics {path} cannot be read ({error}); write them with: diffalign score --statistics FILE"
         ) from error
 
 

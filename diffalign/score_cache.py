@@ -2,8 +2,9 @@
 
 One SQLite file, safe under several processes of one machine (not on a network share). A key is the hash of the reward's
 identity (`rewards.identity`: name, argument, weights, code, version), the picture's float32 pixels, the prompt and the
-metadata. It is used where it is named: by $DIFFALIGN_SCORE_CACHE for `evaluate` and for the evaluation at the end of a run.
-Scores may differ in the last bits between devices and batch sizes; whichever came first is kept.
+metadata. It is used where it is named: by `diffalign score --cache FILE`, or by
+$DIFFALIGN_SCORE_CACHE for `score`, `evaluate` and the evaluation at the end of a run. Scores may differ in the last bits
+between devices and batch sizes; whichever came first is kept.
 
 Shapes: B pictures.
 """

@@ -11,8 +11,8 @@ else, and rewards that are `.py` files, stand in a YAML file, `mix:my_mix.yaml`:
     constraints:                      # taken off: weight times how far the score is below the bound
       - {reward: image_reward, at_least: 0.0, weight: 2.0}
 
-Statistics are those of pictures of the reference model and stay what they are: `mean` and `std`, or a file of statistics
-(`diffalign.reward_math.save_statistics`) beside the YAML file. The arithmetic is `diffalign.reward_math`.
+Statistics are those of pictures of the reference model and stay what they are: `mean` and `std`, or a file that
+`diffalign score --statistics` wrote, beside the YAML file. The arithmetic is `diffalign.reward_math`.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def server(url: str, **patience: float) -> Server:
 
 def test_scores_are_the_local_ones_to_the_bit():
     captions = sample_captions(5, seed=0)
-    images = torch.stack(list(draw([compose(parse_caption(c), random.Random(0)) for c in captions]))).float() / 255
+    images = torch.stack(list(draw([compose(parse_caption(c), random.Random(0)) for c in captions])))
     local = rewards.load("world_taste:outlined")
     with hosted(local, "world_taste:outlined", max_batch=2) as url:
         remote = rewards.load(f"remote:{url}{QUICK}")
