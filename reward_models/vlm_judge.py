@@ -1,0 +1,59 @@
+"""A vision-language model on a server as judge: probability of "yes", or expected rating, from log-probabilities.
+
+`vlm_judge:questions.yaml` asks what the file says of the server that it names; `diffalign.vlm` describes the file, how
+answers are read, and how pairs are compared. An answer that cannot be read is NaN, refused where a score is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import vlm
+from diffalign.errors import ConfigError
+from diffalign.rewards import Reward
+
+
+class VLMJudge(Reward):
+    """What a vision-language model on an OpenAI-compatible server answers to a question about picture and prompt."""
+
+    range = (0.0, 9.0)
+    unit = "yes_no: probability of yes among yes and no; rating: expected rating from 1 to the scale (5 by default)"
+    differentiable = False
+    weights = None
+    licence = "that of the model on the server"
+    gap = (
+        "probabilities are over the tokens that the server tells, 20 by default; servers with a generation configuration of "
+        "their own may change them (vLLM: --generation-config vllm)"
+    )
+    argument = "YAML file of questions (see diffalign.vlm)"
+
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, file: str = "") -> None:
+        self.judge = vlm.Judge(_read(file))
+
+    @classmethod
+    def check_argument(cls, argument: str | None) -> None:
+        _read(argument or "")
+
+    def identity(self) -> str:
+        facts = dataclasses.asdict(self.judge.questions) | {"model": self.judge.model}
+        return json.dumps({key: value for key, value in facts.items() if key not in ("server", "workers")})
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
+        answers = self.judge.ask([[image] for image in images], prompts)
+        return torch.tensor([answer.value for answer in answers], device=images.device)
+
+
+def _read(file: str) -> vlm.Questions:
+    if not file:
+        raise ConfigError("reward vlm_judge: no questions; write vlm_judge:questions.yaml")
+    questions = vlm.read_questions(file)
+    if questions.mode == "pair":
+        raise ConfigError(
+            f"reward vlm_judge: {file} asks about pairs, which are no scores; mode: yes_no or rating expected"
+        )
+    return questions
