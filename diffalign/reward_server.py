@@ -15,9 +15,12 @@ import hmac
 import json
 import logging
 import math
+import socket
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 
 import torch
@@ -56,6 +59,7 @@ class RewardServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # connections that are not accepted yet: many processes may start at once
 
     def __init__(
         self,
@@ -105,11 +109,20 @@ class RewardServer(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://{host!s}:{port}"
 
-    def score(self, body: bytes) -> dict[str, Any]:
+    def server_bind(self) -> None:
+        # http.server's own asks the name service for the host's full name, which may take long and is not needed.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def score(self, body: bytes, gone: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Score the body of a request; the answer as JSON.
 
+        Args:
+            body: see `diffalign.reward_wire`.
+            gone: tells, when the request's turn has come, whether its client has left.
+
         Raises:
-            _RefusedError: it cannot be read, is too large, or cannot be scored.
+            _RefusedError: it cannot be read, is too large, or cannot be scored; or nobody waits for the answer.
         """
         try:
             if isinstance(self.reward, Reward):
@@ -122,6 +135,8 @@ class RewardServer(ThreadingHTTPServer):
         if len(prompts) > self.health.max_batch:
             raise _RefusedError(413, f"{len(prompts)} items in a request; at most {self.health.max_batch}")
         with self._turn, torch.no_grad():
+            if gone():  # it has asked again since: scoring this one too would hold up the others
+                raise _RefusedError(503, "the client has left")
             started = time.monotonic()
             try:
                 if isinstance(self.reward, Reward):
@@ -192,12 +207,24 @@ class _Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return
                 length = 0
-                self._answer(200, self.server.score(body))
+                self._answer(200, self.server.score(body, self._gone))
             finally:
                 self.server.leave()
         except _RefusedError as refusal:
             self._drain(length)
             self._refuse(refusal)
+
+    def _gone(self) -> bool:
+        """Whether the client has closed the connection; one that waits for its answer sends nothing."""
+        self.connection.settimeout(0)
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:  # open, and nothing to read
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.settimeout(self.timeout)
 
     def _authorise(self) -> None:
         if self.server.token is None:

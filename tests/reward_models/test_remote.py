@@ -218,6 +218,30 @@ def test_a_full_queue_answers_503_and_the_others_are_served():
         assert score(remote, torch.rand(1, 3, 4, 4), ["p"]).shape == (1,)
 
 
+def test_nobody_scores_for_a_client_that_has_left():
+    entered, release, probe = threading.Event(), threading.Event(), Probe()
+
+    def slow(scores: Tensor) -> Tensor:
+        entered.set()
+        assert release.wait(10)
+        return scores
+
+    probe.answer = slow
+    with hosted(probe) as url:
+        remote = rewards.load(f"remote:{url}{QUICK}")
+        first = threading.Thread(target=score, args=(remote, torch.rand(1, 3, 4, 4), ["p"]))
+        first.start()
+        assert entered.wait(10)
+        with pytest.raises(ServerError, match="time-out"):  # behind the first
+            server(url, timeout=0.1, wait=0).post(
+                "/score", wire.encode_pictures(torch.rand(2, 3, 4, 4), ["p"] * 2, None)
+            )
+        release.set()
+        first.join()
+        assert score(remote, torch.rand(3, 3, 4, 4), ["p"] * 3).shape == (3,)
+    assert probe.sizes == [1, 3]
+
+
 def test_slow_and_broken_answers_are_tried_again(scripted: tuple[Scripted, str]):
     script, url = scripted
     script.replies = [Reply(silent=5), Reply(body={"a": 1}, cut=True), Reply(504), Reply(200, {"a": 2})]
