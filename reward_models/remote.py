@@ -2,7 +2,9 @@
 
 `remote:http://host:8021` asks the server at that address. A server that is gone or busy is waited for, as long as the
 address says: `remote:http://host:8021?wait=600&timeout=60` (seconds; see `diffalign.http_client.Patience`). Pictures travel
-without loss, so scores are those of the server's own machine. A token is taken from $DIFFALIGN_REWARD_TOKEN.
+without loss, so scores are those of the server's own machine. A token is taken from $DIFFALIGN_REWARD_TOKEN. The address
+may stand in a variable of the environment, `remote:$PICKSCORE_SERVER`: then a run can be resumed when the server has moved,
+since its config stays the same.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Remote(Reward):
     licence = "that of the reward on the server"
     gap = "none: pictures travel without loss, as uint8 where they are on the 8-bit grid and as float32 elsewhere"
     argument = (
-        f"address of the server, perhaps with ?wait=, timeout=, connect= or backoff= in seconds; default {wire.ADDRESS}"
+        f"address, perhaps with ?wait=, timeout=, connect= or backoff= in seconds, or $VARIABLE; default {wire.ADDRESS}"
     )
 
     def __init__(
@@ -44,7 +46,7 @@ class Remote(Reward):
     @classmethod
     def check_argument(cls, argument: str | None) -> None:
         if argument is not None:
-            parse_url(argument, "reward remote")
+            parse_url(address_of(argument), "reward remote")
 
     def identity(self) -> str:
         return self.health.identity
@@ -66,6 +68,21 @@ class Remote(Reward):
         return torch.cat(scores).to(images.device)
 
 
+def address_of(argument: str) -> str:
+    """The address itself, or what the variable of the environment holds that `$NAME` names.
+
+    Raises:
+        ConfigError: there is no such variable.
+    """
+    if not argument.startswith("$"):
+        return argument
+    if not (address := os.environ.get(argument[1:])):
+        raise ConfigError(
+            f"reward remote: {argument} is not set; set it to the address of a server, like {wire.ADDRESS}"
+        )
+    return address
+
+
 def connect(address: str, kind: str) -> tuple[Server, wire.Health]:
     """A reward server and what it says about itself.
 
@@ -73,7 +90,7 @@ def connect(address: str, kind: str) -> tuple[Server, wire.Health]:
         ConfigError: it judges something else.
         ServerError, WireError: it does not answer, or is no reward server.
     """
-    url, patience = parse_url(address, "reward remote")
+    url, patience = parse_url(address_of(address), "reward remote")
     server = Server(url, patience, token=os.environ.get(wire.TOKEN_VARIABLE), what="reward server")
     health = wire.Health.from_json(server.get("/health"), url)
     if health.kind != kind:

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffalign import reward_wire as wire
 from diffalign.http_client import parse_url
 from diffalign.rewards import TextReward
-from reward_models.remote import connect
+from reward_models.remote import address_of, connect
 
 
 class RemoteText(TextReward):
@@ -22,7 +22,7 @@ class RemoteText(TextReward):
     licence = "that of the reward on the server"
     gap = "none: the server calls the reward itself"
     argument = (
-        f"address of the server, perhaps with ?wait=, timeout=, connect= or backoff= in seconds; default {wire.ADDRESS}"
+        f"address, perhaps with ?wait=, timeout=, connect= or backoff= in seconds, or $VARIABLE; default {wire.ADDRESS}"
     )
 
     def __init__(
@@ -37,7 +37,7 @@ class RemoteText(TextReward):
     @classmethod
     def check_argument(cls, argument: str | None) -> None:
         if argument is not None:
-            parse_url(argument, "reward remote_text")
+            parse_url(address_of(argument), "reward remote_text")
 
     def identity(self) -> str:
         return self.health.identity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import math
 import os
 import pickle
@@ -59,8 +60,13 @@ def hosted(reward: Any = None, name: str = "probe", **settings: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No token from outside; `main` sets up our logger for a process of its own."""
     monkeypatch.delenv(wire.TOKEN_VARIABLE, raising=False)
+    logger = logging.getLogger("diffalign")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
@@ -413,6 +419,20 @@ def test_the_token_is_asked_for(monkeypatch: pytest.MonkeyPatch):
 def test_wrong_addresses_are_refused_without_asking(name: str, message: str):
     with pytest.raises(ConfigError, match=message):
         rewards.find(name)
+
+
+def test_the_address_may_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MY_SERVER", raising=False)
+    for name in ("remote:$MY_SERVER", "remote_text:$MY_SERVER"):
+        with pytest.raises(ConfigError, match=r"\$MY_SERVER is not set; set it to the address"):
+            rewards.find(name)
+    monkeypatch.setenv("MY_SERVER", "nonsense")
+    with pytest.raises(ConfigError, match="'nonsense' is no address"):
+        rewards.find("remote:$MY_SERVER")
+    with hosted() as url:
+        monkeypatch.setenv("MY_SERVER", url + QUICK)
+        moved: Any = rewards.load("remote:$MY_SERVER")
+        assert (moved.server.url, moved.server.patience.wait) == (url, 2)
 
 
 def test_addresses_are_read():
