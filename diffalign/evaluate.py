@@ -137,7 +137,7 @@ def score_all(
     cache: score_cache.ScoreCache | None = None,
     name: str = "",
 ) -> Tensor:
-    """Scores (N,) of uint8 images (N, 3, H, W) or clips (N, 3, F, H, W); only one batch at a time is held as floats.
+    """Scores (N,), on the CPU, of uint8 images (N, 3, H, W) or clips (N, 3, F, H, W); one batch at a time is held as floats.
 
     With a cache, the reward `name` is asked only for what is not in it.
     """
@@ -146,7 +146,7 @@ def score_all(
     for start in range(0, len(seen), batch_size):
         pixels, texts = to_float(seen[start : start + batch_size]), prompts[start : start + batch_size]
         if cache is None:
-            scores.append(rewards.score(reward, pixels, texts))
+            scores.append(rewards.score(reward, pixels, texts).cpu())  # it answers on its own device
         else:
             scores.append(cache.score(name, reward, pixels, texts))
     return torch.cat(scores)

@@ -175,6 +175,16 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "text").read_text().startswith("hello")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cached", [True, False])
+def test_evaluation_of_a_reward_that_answers_on_a_gpu(tmp_path: Path, images: Tensor, cached: bool) -> None:
+    probe = Probe()
+    probe.answer = lambda scores: scores.cuda()
+    with score_cache.from_environment(tmp_path / "scores.db" if cached else None) as cache:
+        scores = evaluate.score_all(probe, (images * 255).byte(), PROMPTS, 4, cache=cache, name="probe")
+    assert scores.numpy().shape == (6,)
+
+
 def test_evaluation_uses_it_where_it_is_named(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     levels, probe = (images * 255).byte(), Probe()
     plain = evaluate.score_all(Probe(), levels, PROMPTS, 4)
