@@ -443,7 +443,9 @@ def _montage(scored: Scored) -> Image.Image:
             place = (x * SIDE, y * (SIDE + label))
             text = f"{value:.4g}  row {row}" + (f"  {title}" if x == 0 else "")
             draw.text((place[0] + 2, place[1] + 2), text.encode("ascii", "replace").decode(), "black")
-            sheet.paste(thumbnail, (place[0], place[1] + label))
+            factor = max(1, SIDE // max(thumbnail.size))  # tiny pictures are shown larger, pixel by pixel
+            shown = thumbnail.resize((thumbnail.width * factor, thumbnail.height * factor), Image.Resampling.NEAREST)
+            sheet.paste(shown, (place[0], place[1] + label))
     return sheet
 
 
