@@ -460,7 +460,9 @@ def only_declared(objective: Objective, batch: Batch, optional: Sequence[str] = 
         keep |= {"residual": None, "ref_residual": None}
     elif not objective.reads_reference():
         keep["ref_residual"] = None
-    keep |= {name: None for name in ("log_snr", "patch_weight") if not getattr(needs, name)}
+    keep |= {name: None for name in ("log_snr", "to_sample", "patch_weight") if not getattr(needs, name)}
+    if not needs.old:
+        keep["old_residual"] = None
     if not objective.reads_prompt():
         keep |= {"prompt_imitation": None, "prompt_length": None}
     if scores.units is not None:

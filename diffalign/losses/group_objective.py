@@ -146,6 +146,10 @@ class PolicyGradient(GroupObjective):
     def kl_in_reward(self) -> bool:
         return self.kl_in == "reward"
 
+    def rollout(self, scores: Scores, groups: Groups) -> Rollout:
+        """The sampled rows per unit, with their advantages."""
+        return Rollout.of(scores.need_units(), groups.index, self.advantage(scores, groups))
+
     def ratio(self, rollout: Rollout) -> Tensor:
         """The ratio to the behaviour policy, (M, U) or (M, 1)."""
         return rollout.ratio("token")
@@ -176,7 +180,7 @@ class PolicyGradient(GroupObjective):
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         groups = Layout.of(layout).need_groups()
-        rollout = Rollout.of(scores.need_units(), groups.index, self.advantage(scores, groups))
+        rollout = self.rollout(scores, groups)
         ratio = self.ratio(rollout)
         loss = self.surrogate(rollout, ratio)
         if rollout.weight is not None and self.weighs_surrogate:

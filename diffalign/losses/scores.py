@@ -143,7 +143,11 @@ class Scores:
         log_snr: log(alpha^2 / sigma^2) of the noise level of every row, (N,), BOUND only; with alpha = 1 - t and sigma = t
             (flow matching) 1 - t is sigmoid(log_snr / 2). Infinite at the ends of the schedule.
         patch_weight: >= 0, weights of the locations of a latent, (N, h, w), BOUND only.
-        extra: further rows' worth of numbers a named objective asks for (its docstring says which), each (N,).
+        extra: further rows' worth of numbers a named objective asks for (its docstring says which), each (N,), or per unit,
+            (N, U). Of transitions, STEP only: "mean_shift", "ref_shift": M[(mu - mu')^2] / (2 std^2), M the mean over the
+            latent's elements, mu the mean of the policy's step and mu' that of the behaviour policy or the reference,
+            gradient flows; "eps_shift": M[(eps - eps_ref)^2] of the guided noise predictions, gradient flows; "std": of the
+            step, > 0; "dt": its length in time, > 0.
         totals: counts over the optimiser step; None takes this batch for the whole.
     """
 
