@@ -9,20 +9,31 @@ from diffalign import losses
 from diffalign.losses import DPO, Groups, IncompatibleObjective, Items, Kind, Layout, Pairs, Scores
 from diffalign.losses.base import BetaObjective
 from diffalign.losses.diffusion import (
+    AWM,
+    CRD,
     D3PO,
+    DDPO,
+    DGPO,
     DMPO,
+    DPOK,
     DSPO,
     GDPO,
+    PRDP,
     PSO,
     SDPO,
     SPO,
     BideDPO,
     CaPO,
+    DanceGRPO,
     DDIMInPO,
     DiffusionDRO,
     DiffusionKTO,
+    DiffusionNFT,
     DualIPO,
     FlowDPO,
+    FlowDPPO,
+    FlowGRPO,
+    GRPOGuard,
     PatchDPO,
     PSOPersonal,
     SePPO,
@@ -39,6 +50,8 @@ from diffalign.losses.transforms import bernoulli_score
 
 MINE = [losses.find(name) for name in losses.FAMILIES["diffusion"]]
 BOUND = Kind.BOUND
+ON_GROUPS = (DDPO, DPOK, FlowGRPO, DanceGRPO, GRPOGuard, FlowDPPO, PRDP)  # of trajectories
+STEPS = (D3PO, SPO, PSO, *ON_GROUPS)
 
 
 def tensor(*values):
@@ -88,6 +101,23 @@ def tensor(*values):
         (lambda: GDPO(group_reduction="max"), "group_reduction is 'max'"),
         (lambda: FlowDPO(beta_schedule="cosine"), "beta_schedule is 'cosine'"),
         (lambda: DualIPO(real_weight=-1.0), "real_weight is -1"),
+        (lambda: AWM(form="t**2"), r"form is 't\*\*2'; expected one of plain, t, t2, huber, ghuber"),
+        (lambda: AWM(ratio_to="ema"), "ratio_to is 'ema'"),
+        (lambda: AWM(power=0.0), "power is 0"),
+        (lambda: AWM(ema_kl=-1.0), "ema_kl is -1"),
+        (lambda: AWM(adv_clip=0.0), "adv_clip is 0"),
+        (lambda: DGPO(dgpo_beta=0.0), "dgpo_beta is 0"),
+        (lambda: DGPO(epsilon=-1.0), "epsilon is -1"),
+        (lambda: CRD(link="mse"), "link is 'mse'"),
+        (lambda: CRD(center_on="prompt"), "center_on is 'prompt'"),
+        (lambda: CRD(temperature=0.0), "temperature is 0"),
+        (lambda: FlowGRPO(kl_form="mu"), "kl_form is 'mu'; expected one of exact, code, eps, sampled"),
+        (lambda: FlowGRPO(epsilon=0.0), "epsilon is 0"),
+        (lambda: DDPO(adv_clip=-5.0), "adv_clip is -5"),
+        (lambda: DPOK(reward_weight=0.0), "reward_weight is 0"),
+        (lambda: FlowDPPO(threshold=0.0), "threshold is 0"),
+        (lambda: PRDP(beta=0.0), "beta is 0"),
+        (lambda: PRDP(step_reduction="token"), "step_reduction is 'token'"),
     ],
 )
 def test_settings_out_of_range_are_refused_at_once(make, message):
@@ -151,6 +181,35 @@ def test_published_defaults():
     assert SDPO().beta_for(BOUND) == 5000.0
     assert DSPO(form="link").beta_for(BOUND) == 5000.0
     assert DMPO().label_smoothing == 0.01
+    assert PRDP().beta_for(Kind.STEP) == 3e-5
+
+
+def test_published_defaults_of_online_methods():
+    """(beta: of the divergence, clip of advantages, clip of ratios, deviation, added to it)."""
+    online = [cls() for cls in MINE if "adv_clip" in cls.__dataclass_fields__]
+    found = {
+        o.name: (o.beta, o.adv_clip, getattr(o, "epsilon", None), o.options()["unbiased"], o.options().get("eps"))
+        for o in online
+    }
+    assert found == {
+        "diffusion_nft": (1e-4, 5.0, None, False, None),
+        "awm": (1e-3, 5.0, 1.0, False, None),
+        "dgpo": (0.02, 5.0, 1e-2, False, None),
+        "crd": (0.1, 5.0, None, False, None),
+        "ddpo": (0.0, 5.0, 1e-4, False, 1e-6),
+        "dpok": (0.01, None, 1e-4, False, None),
+        "flow_grpo": (0.04, 5.0, 1e-4, False, None),
+        "dance_grpo": (0.0, 5.0, 1e-4, True, 1e-8),
+        "grpo_guard": (0.0, 5.0, 2e-6, False, None),
+        "flow_dppo": (0.0, 5.0, None, False, None),
+    }
+    scale = {o.name: o.scale_rewards for o in online}
+    assert {name for name in scale if scale[name] == "group"} == {"dgpo", "dance_grpo"}
+    assert {name for name in scale if scale[name] == "none"} == {"ddpo", "dpok"}
+    assert (AWM().form, AWM().power, AWM().ratio_to, AWM().ema_kl) == ("ghuber", 0.25, "current", 1.0)
+    assert (DGPO().dgpo_beta, CRD().crd_beta, CRD().link) == (100.0, 1.0, "square")
+    assert (FlowDPPO().threshold, DPOK().reward_weight, PRDP().epsilon) == (1e-5, 100.0, 1e-6)
+    assert [FlowGRPO().kl_form, DPOK().kl_form, DDPO().kl_form] == ["code", "eps", "exact"]
 
 
 def test_where_rows_come_from_and_how_they_are_noised():
@@ -170,25 +229,33 @@ def test_where_rows_come_from_and_how_they_are_noised():
         "dro": ("shared", "forward", "on_policy"),
         "subject_rpo": ("independent", "forward", "data"),
         "gdpo": ("independent", "forward", "data"),
+        "diffusion_nft": ("independent", "forward", "data"),
+        "awm": ("independent", "forward", "data"),
+        "crd": ("independent", "forward", "data"),
     }
+    assert {cls.name for cls in MINE if cls.timesteps == "sampler"} == {"diffusion_nft", "awm", "dgpo", "crd"}
 
 
 def test_methods_without_public_code_are_experimental():
-    assert {cls.name for cls in MINE if cls.status == "experimental"} == {"seppo", "capo", "bide_dpo", "dual_ipo"}
-    assert {cls.name for cls in MINE if not cls.parity} == {"seppo", "capo", "bide_dpo", "dual_ipo"}
+    without = {"seppo", "capo", "bide_dpo", "dual_ipo", "prdp"}
+    assert {cls.name for cls in MINE if cls.status == "experimental"} == without | {"crd"}  # of which a port is public
+    assert {cls.name for cls in MINE if not cls.parity} == without
 
 
 @pytest.mark.parametrize("cls", MINE, ids=lambda cls: cls.name)
 def test_initial_losses_are_those_of_policy_equal_to_reference(cls):
     """What raises an alarm in a first step that differs from it."""
-    kind = Kind.STEP if cls in (D3PO, SPO, PSO) else BOUND
+    kind = Kind.STEP if cls in STEPS else BOUND
     objective = cls(beta=3.0) if not cls.default_beta and "beta" in cls.__dataclass_fields__ else cls()
     residual = torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64)
     if kind is BOUND:
-        more = {"log_snr": tensor(0.3, 0.3), "patch_weight": torch.full((2, 2, 2), 0.5)}
+        more = {"log_snr": tensor(0.3, 0.3), "patch_weight": torch.full((2, 2, 2), 0.5), "to_sample": tensor(0.5, 0.5)}
+        more["old_residual"] = residual.detach()
         scores = Scores.residuals(residual.requires_grad_(), residual.detach(), **more)
     else:
-        scores = Scores.steps(tensor(0.1, 0.2), tensor(0.1, 0.2))
+        theta = tensor(0.1, 0.2)[:, None]
+        extra = {name: torch.zeros(2, 1) + 0.1 for name in ("mean_shift", "ref_shift", "eps_shift", "std", "dt")}
+        scores = Scores.steps(theta, theta.clone(), theta.clone(), extra=extra)
     pairs = Pairs.halves(1, reward_w=tensor(0.2), reward_l=tensor(0.1), aspect=torch.zeros(1, dtype=torch.int64))
     groups = Groups(index=torch.arange(2), group=torch.zeros(2, dtype=torch.int64), reward=tensor(1.0, 0.0))
     layout = Layout(pairs=pairs, groups=groups)
@@ -197,7 +264,8 @@ def test_initial_losses_are_those_of_policy_equal_to_reference(cls):
     expected = objective.initial_loss(kind)
     if expected is None:
         # Denoising of winners is part of the loss, or a target that the data choose.
-        assert cls in (DSPO, PSOPersonal, CaPO, SubjectRPO, PatchDPO, DualIPO)
+        online = (DiffusionNFT, AWM, DGPO, CRD, *ON_GROUPS)  # an advantage or a reward
+        assert cls in (DSPO, PSOPersonal, CaPO, SubjectRPO, PatchDPO, DualIPO, *online)
     else:
         torch.testing.assert_close(out.per_item.detach(), torch.full_like(out.per_item, expected), rtol=1e-6, atol=1e-9)
 
@@ -211,8 +279,33 @@ def test_texts_are_sent_to_their_own_methods():
         D3PO().check(Kind.TOKEN)
     with pytest.raises(IncompatibleObjective, match="is not a likelihood ratio"):
         SPO().check(BOUND)
+    for cls in ON_GROUPS:
+        with pytest.raises(IncompatibleObjective, match="is not a likelihood ratio"):
+            cls().check(BOUND)
     with pytest.raises(IncompatibleObjective, match=r"no image to invert; use 'dpo' on texts"):
         DDIMInPO().check(Kind.STEP)
+
+
+def test_what_the_sampler_must_supply_is_named():
+    theta = torch.zeros(2, 3, requires_grad=True)
+    scores = Scores.steps(theta, torch.zeros(2, 3), torch.zeros(2, 3), extra={"std": torch.ones(2, 2)})
+    groups = Groups(index=torch.arange(2), group=torch.zeros(2), reward=tensor(1.0, 0.0))
+    for cls, name in (
+        (FlowGRPO, "ref_shift"),
+        (DPOK, "eps_shift"),
+        (GRPOGuard, "mean_shift"),
+        (FlowDPPO, "mean_shift"),
+    ):
+        with pytest.raises(ValueError, match=f"reads '{name}'"):
+            cls()(scores, groups)
+    for cls in (DDPO, DanceGRPO):
+        assert cls()(scores, groups).loss.requires_grad
+    with pytest.raises(ValueError, match=r"'std'\] has shape \(2, 2\); expected \(2, 3\), one per step"):
+        GRPOGuard()(Scores.steps(theta, extra=scores.extra | {"mean_shift": torch.zeros(2, 3)}), groups)
+    with pytest.raises(ValueError, match=r"units\.ref is missing"):
+        PRDP()(Scores.steps(theta), groups)
+    with pytest.raises(ValueError, match="old_residual is missing"):
+        CRD()(Scores.residuals(torch.ones(2, 1, 2, 2)), groups)
 
 
 @pytest.mark.parametrize("cls", [D3PO, SPO, PSO])

@@ -13,19 +13,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffalign.losses.diffusion.awm import AWM
     from diffalign.losses.diffusion.bide_dpo import BideDPO
     from diffalign.losses.diffusion.capo import CaPO
+    from diffalign.losses.diffusion.crd import CRD
     from diffalign.losses.diffusion.d3po import D3PO
+    from diffalign.losses.diffusion.dance_grpo import DanceGRPO
+    from diffalign.losses.diffusion.ddpo import DDPO
+    from diffalign.losses.diffusion.dgpo import DGPO
     from diffalign.losses.diffusion.dmpo import DMPO
+    from diffalign.losses.diffusion.dpok import DPOK
     from diffalign.losses.diffusion.dro import DiffusionDRO
     from diffalign.losses.diffusion.dspo import DSPO
     from diffalign.losses.diffusion.dual_ipo import DualIPO
     from diffalign.losses.diffusion.flow_dpo import FlowDPO
+    from diffalign.losses.diffusion.flow_dppo import FlowDPPO
+    from diffalign.losses.diffusion.flow_grpo import FlowGRPO
     from diffalign.losses.diffusion.gdpo import GDPO
+    from diffalign.losses.diffusion.grpo_guard import GRPOGuard
     from diffalign.losses.diffusion.inpo import DDIMInPO
     from diffalign.losses.diffusion.kto import DiffusionKTO
     from diffalign.losses.diffusion.nft import DiffusionNFT
     from diffalign.losses.diffusion.patch_dpo import PatchDPO
+    from diffalign.losses.diffusion.prdp import PRDP
     from diffalign.losses.diffusion.pso import PSO, PSOPersonal
     from diffalign.losses.diffusion.sdpo import SDPO
     from diffalign.losses.diffusion.seppo import SePPO
@@ -55,6 +65,16 @@ MODULES: dict[str, str] = {
     "FlowDPO": "flow_dpo",
     "DualIPO": "dual_ipo",
     "DiffusionNFT": "nft",
+    "AWM": "awm",
+    "DGPO": "dgpo",
+    "CRD": "crd",
+    "DDPO": "ddpo",
+    "DPOK": "dpok",
+    "FlowGRPO": "flow_grpo",
+    "DanceGRPO": "dance_grpo",
+    "GRPOGuard": "grpo_guard",
+    "FlowDPPO": "flow_dppo",
+    "PRDP": "prdp",
 }
 
 
