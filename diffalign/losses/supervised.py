@@ -290,7 +290,13 @@ class Unlikelihood(Objective):
 class RWR(Objective):
     """Reward-weighted regression: imitation weighted by exp(reward / beta), at most 1000. arXiv id from memory.
 
-    `Items.target` is the reward, higher is better. On denoising scores it is reward-weighted denoising.
+    `Items.target` is the reward, higher is better. On denoising scores it is reward-weighted denoising, DDPO's baseline
+    (RWR in arXiv 2305.13301; jannerm/ddpo): that weighs by N softmax(R / 5) over all N images of a round, whose mean is 1,
+    which is this with beta 5 up to one factor, so set the learning rate by the mean of the metric `weight`. (What the code
+    calls a temperature, 1 / 5, multiplies the reward.) It regresses the *guided* prediction to the noise; here the plain
+    one. For weights that add up within a prompt, give the reward minus beta log mean exp(R / beta) of the prompt
+    (`advantages.optimal_value`) as the target. The limit of 1000 is reached at R = 6.9 beta, so take a mean off first; and
+    watch the spread of `weight`: one outlier may carry a whole round.
 
     Attributes:
         beta: temperature, in units of the reward; the default is ours.

@@ -221,6 +221,18 @@ def a_value_of_zero_is_rwr(cls):
             torch.testing.assert_close(awr, RWR(reduction=reduction)(scores, layout).per_item)
 
 
+def on_denoising_errors_it_weighs_as_jannerms_ddpo(cls):
+    """N softmax(R / 5) over the data, up to the one constant N / sum exp(R / 5); within a prompt, a constant per prompt."""
+    g = torch.Generator().manual_seed(3)
+    error, reward = torch.rand(8, generator=g, dtype=DOUBLE).requires_grad_(), torch.randn(8, generator=g, dtype=DOUBLE)
+    out = cls(beta=5.0)(Scores.denoising(error), Items(index=torch.arange(8), target=reward))
+    published = 8 * torch.softmax(reward / 5, 0) * error
+    constant = 8 / torch.exp(reward / 5).sum()
+    torch.testing.assert_close(constant * out.per_item, published)
+    shifted = cls(beta=5.0)(Scores.denoising(error), Items(index=torch.arange(8), target=reward + 1.0))
+    torch.testing.assert_close(shifted.per_item, math.exp(0.2) * out.per_item)
+
+
 CASES = [
     Case(
         objective=SFT,
@@ -293,7 +305,11 @@ CASES = [
         batch=items_batch,
         formula=rwr_formula,
         start=Start(0.7 * math.e**2, [-0.1 * math.e**2] * 2, start(target=torch.ones(2))),
-        identities=[equal_rewards_are_weighted_sft, weights_are_limited],
+        identities=[
+            equal_rewards_are_weighted_sft,
+            weights_are_limited,
+            on_denoising_errors_it_weighs_as_jannerms_ddpo,
+        ],
         mutations=[
             ("advantage.detach() / self.beta", "-advantage.detach() / self.beta"),
             ("advantage.detach() / self.beta", "advantage.detach()"),
