@@ -47,15 +47,16 @@ def branches_of(config: RunConfig, family: DenoisingFamily) -> int:
 
 def images_per_item(config: RunConfig, family: DenoisingFamily) -> int:
     """How many images of what a batch counts go through the network: transitions are scored with the sampler's guidance."""
-    if samples_images(config) and config.objective.source in TRANSITIONS:
-        return images_per_pair(config.objective) * branches_of(config, family)
+    if samples_images(config) and config.objective.rows_from in TRANSITIONS:
+        each = 1 if config.objective.rows_from == "steps" else images_per_pair(config.objective)
+        return each * branches_of(config, family)
     return 1 if single_images(config) else images_per_pair(config.objective)
 
 
 def single_images(config: RunConfig) -> bool:
     """Whether a batch counts sampled images one by one: groups, items, and chosen images."""
     needs = config.objective.needs
-    return samples_images(config) and config.objective.source == "data" and "pairs" not in needs.layout
+    return samples_images(config) and config.objective.rows_from in ("data", "steps") and "pairs" not in needs.layout
 
 
 def group_of(config: RunConfig) -> int:
@@ -66,8 +67,8 @@ def group_of(config: RunConfig) -> int:
 
 def unit_of(config: RunConfig) -> str:
     """What a batch counts."""
-    if samples_images(config) and config.objective.source in TRANSITIONS:
-        return "pairs of steps"
+    if samples_images(config) and config.objective.rows_from in TRANSITIONS:
+        return "steps" if config.objective.rows_from == "steps" else "pairs of steps"
     return "images" if single_images(config) else "pairs"
 
 
@@ -89,9 +90,11 @@ def plan_sampling(
     """
     if not samples_images(config):
         return None
-    rollout, source = config.rollout, config.objective.source
-    steps, trained = rollout.num_inference_steps, rollout.steps_per_sample or 1
-    if source in TRANSITIONS and not rollout.steps_per_sample:  # the last step has no density as a rule
+    rollout, source = config.rollout, config.objective.rows_from
+    steps, trained = rollout.num_inference_steps, rollout.window or rollout.steps_per_sample or 1
+    if source in TRANSITIONS and not (
+        rollout.window or rollout.steps_per_sample
+    ):  # the last step has no density as a rule
         trained = max(1, steps - 1 - rollout.first_step)
     count = 1 if source in ("generated", "on_policy") else rollout.samples_per_prompt
     per_prompt = group_of(config) * (trained if source in (*TRANSITIONS, "on_policy") else 1)

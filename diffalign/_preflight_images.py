@@ -13,7 +13,7 @@ from diffalign.errors import ConfigError
 if TYPE_CHECKING:
     from diffalign.families import DenoisingFamily
 
-TRANSITIONS = ("trajectories", "candidates")
+TRANSITIONS = ("trajectories", "candidates", "steps")
 FROM_DATA = ("generated", "on_policy")  # chosen images of the data against samples
 TIMES = ("timestep_min", "timestep_max", "timestep_sampling", "logit_mean", "logit_std")
 INVERSION = ("noising", "inversion_steps", "inversion_noise", "inversion_level")
@@ -38,18 +38,18 @@ class Unread:
 
 
 def _source(*names: str) -> Callable[[RunConfig], bool]:
-    return lambda config: config.objective.source in names
+    return lambda config: config.objective.rows_from in names
 
 
 def _no_source(*names: str) -> Callable[[RunConfig], bool]:
-    return lambda config: config.objective.source not in names
+    return lambda config: config.objective.rows_from not in names
 
 
 def _chooses(config: RunConfig) -> bool:
     """Whether the objective learns from one chosen image of a group."""
     needs = config.objective.needs
     alone = needs.labels == (1,) and not {"pairs", "groups"} & set(needs.layout)
-    return bool(alone and config.objective.source == "data")
+    return bool(alone and config.objective.rows_from == "data")
 
 
 UNREAD = (
@@ -109,14 +109,20 @@ UNREAD = (
     ),
     Unread(
         "rollout",
+        ("window", "window_range"),
+        _no_source("steps"),
+        "only policy gradients on the sampler's steps read it, such as grpo",
+    ),
+    Unread(
+        "rollout",
         ("shared_start",),
-        _no_source("trajectories"),
+        _no_source("trajectories", "steps"),
         "only objectives that compare whole trajectories read it, such as d3po",
     ),
     Unread(
         "rollout",
         ("pairing",),
-        lambda config: config.objective.source != "trajectories" and "pairs" not in config.objective.needs.layout,
+        lambda config: config.objective.rows_from != "trajectories" and "pairs" not in config.objective.needs.layout,
         "only objectives that compare two sampled images read it, such as d3po",
     ),
     Unread(
@@ -170,20 +176,20 @@ def check_round(config: RunConfig) -> None:
             "training.train_batch_size: got 'auto'; a round of sampled images is cut into micro-batches of a known size: "
             "give a number (diffalign plan says what fits)"
         )
-    if objective.source in TRANSITIONS:
+    if objective.rows_from in TRANSITIONS:
         _check_steps(rollout)
     together = "groups" in needs.layout or (needs.labels != (1,) and "pairs" not in needs.layout)
-    if objective.source == "data" and together and size % rollout.samples_per_prompt:
+    if objective.rows_from in ("data", "steps") and together and size % rollout.samples_per_prompt:
         raise ConfigError(
             f"training.train_batch_size: got {size}; the images of a group stay together: expected a multiple of "
             f"rollout.samples_per_prompt {rollout.samples_per_prompt}"
         )
-    if objective.source == "on_policy" and rollout.guidance_scale != 1:
+    if objective.rows_from == "on_policy" and rollout.guidance_scale != 1:
         raise ConfigError(
             f"rollout.guidance_scale: got {rollout.guidance_scale}; {objective.name!r} trains predictions with a prompt on "
             "targets that the sampler predicted, so it samples without guidance: take 1"
         )
-    if objective.source in FROM_DATA:
+    if objective.rows_from in FROM_DATA:
         _check_sizes(config)
 
 
@@ -261,7 +267,7 @@ def check_schedule(config: RunConfig, family: DenoisingFamily, processes: int | 
     Raises:
         ConfigError: the first problem found.
     """
-    from diffalign.sampling.rollouts import round_size, samples_images
+    from diffalign.sampling.rollouts import noise_level, round_size, samples_images
     from diffalign.sampling.trajectories import make_grid
 
     schedule, first = family.schedule, config.denoising.timestep_min
@@ -276,7 +282,7 @@ def check_schedule(config: RunConfig, family: DenoisingFamily, processes: int | 
         )
     if processes is not None and samples_images(config):
         rollout = config.rollout
-        eta = float(config.objective.source in TRANSITIONS) if rollout.eta is None else rollout.eta
         # Which steps have a density does not depend on the size, by which some samplers shift their levels.
-        grid = make_grid(family, family.stock_scheduler(), rollout.num_inference_steps, (1, 64, 64))
-        round_size(config, grid, eta, processes)
+        steps, kernel = rollout.num_inference_steps, rollout.kernel
+        grid = make_grid(family, family.stock_scheduler(), steps, (1, 64, 64), kernel)
+        round_size(config, grid, noise_level(config), processes)

@@ -244,6 +244,11 @@ class RolloutConfig:
         eta: 0 samples deterministically (DDIM, Euler), 1 fully stochastically. null: 1 for trajectories, else 0.
         shared_start: all images of a prompt start from the same noise. null: as the objective was published (D3PO: true;
             PSO: false).
+        kernel: the sampler's stochastic step: "ddim" (every model), or of flow models "flow_sde" (Flow-GRPO), "constant_sde"
+            (DanceGRPO), "cps" (Flow-CPS); `eta` is their noise level, null: 0.7, 0.3 and 0.8.
+        window: policy gradients on steps: so many consecutive steps are stochastic and trained, the others deterministic;
+            null: all.
+        window_range: first and last possible start of the window, drawn per prompt and round; empty: 0 to half the steps.
         steps_per_sample: of every trajectory, how many of its steps are trained, drawn at random; null: all that have a
             density for trajectory objectives, and 1 for points on the way (Diffusion-DRO).
         first_step: the first sampler step that transition objectives train (SPO: 4 of 20).
@@ -267,6 +272,9 @@ class RolloutConfig:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     eta: float | None = None
+    kernel: Literal["ddim", "flow_sde", "constant_sde", "cps"] = "ddim"
+    window: int | None = None
+    window_range: tuple[int, ...] = ()
     shared_start: bool | None = None
     steps_per_sample: int | None = None
     first_step: int = 0
@@ -279,8 +287,14 @@ class RolloutConfig:
         for name in ("steps_per_generation", "num_iterations", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}; expected 0 <= eta <= 1")
+        if self.eta is not None and not 0 <= self.eta <= (2 if self.kernel == "flow_sde" else 1):
+            raise ValueError(f"eta is {self.eta}; expected 0 <= eta <= 1 (flow_sde: 2)")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}; expected at least 1 step")
+        if self.window_range and (len(self.window_range) != 2 or not 0 <= self.window_range[0] <= self.window_range[1]):
+            raise ValueError(
+                f"window_range is {list(self.window_range)}; expected first and last start, 0 <= first <= last"
+            )
         if isinstance(self.old_decay, float) and not 0 <= self.old_decay < 1:
             raise ValueError(f"old_decay is {self.old_decay}; expected 0 <= old_decay < 1, or the name of a schedule")
         if self.select_temperature <= 0:

@@ -80,9 +80,9 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
             "leave the section out"
         )
     if family.modality == "text":
-        if objective.source != "data":
+        if objective.rows_from != "data":
             raise ConfigError(
-                f"objective {objective.name!r} trains on sampled images ({objective.source}); family "
+                f"objective {objective.name!r} trains on sampled images ({objective.rows_from}); family "
                 f"{config.model.family!r} works on texts"
             )
         return
@@ -93,7 +93,7 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
             + ("; sample groups: set rollout.rewards and rollout.prompts" if "groups" in wanted else "")
             + ". See `diffalign list objectives`"
         )
-    if objective.source == "data" and "groups" not in objective.needs.layout:
+    if objective.rows_from == "data" and "groups" not in objective.needs.layout:
         _rehearse(objective, _facts(config))
     check_errors(config)
     _check_image_rollout(config)
@@ -126,7 +126,7 @@ def _check_image_rollout(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.reward_weights: got {len(rollout.reward_weights)} for {len(rollout.rewards)} rewards; give one each"
         )
-    from_data = objective.source in ("generated", "on_policy")
+    from_data = objective.rows_from in ("generated", "on_policy")
     if from_data and rollout.prompts:
         raise ConfigError(
             f"rollout.prompts: objective {objective.name!r} samples for the prompts of its data; remove it"
@@ -142,9 +142,9 @@ def _check_image_rollout(config: RunConfig) -> None:
         )
     if not from_data and rollout.samples_per_prompt < 2:
         raise ConfigError(f"rollout.samples_per_prompt: got {rollout.samples_per_prompt}; a group has at least 2")
-    if objective.source in ("trajectories", "candidates") and rollout.eta == 0:
+    if objective.rows_from in ("trajectories", "candidates", "steps") and rollout.eta == 0:
         raise ConfigError("rollout.eta: got 0; a deterministic sampler's transitions have no density; take 1")
-    if config.reference.scheme in ("mixture", "momentum") and objective.source != "data":
+    if config.reference.scheme in ("mixture", "momentum") and objective.rows_from != "data":
         raise ConfigError(
             f"reference.scheme {config.reference.scheme!r}: nobody can sample from a mixture of scores; objective "
             f"{objective.name!r} takes 'frozen', 'sync' or 'pool'"

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.losses.layouts import Groups, Items, Layout, Lists, Pairs
 from diffalign.losses.scores import CAPABILITIES, Cap, Kind, Scores
 
-Source: TypeAlias = Literal["data", "generated", "on_policy", "trajectories", "candidates"]
+Source: TypeAlias = Literal["data", "generated", "on_policy", "trajectories", "candidates", "steps"]
 AnyLayout: TypeAlias = Layout | Pairs | Items | Groups | Lists
 # (log-softmax of the policy (..., V), labels (...), log-softmax of the reference or None) -> statistic (...)
 TokenStatistic: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -175,7 +175,8 @@ class Objective(ABC):
         source: where the rows come from. "data": stored images. "generated": the rejected image is sampled by the reference.
             "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
-            latents drawn from one latent.
+            latents drawn from one latent. "steps": transitions of all samples of a prompt, with the log-densities under the
+            policy that sampled them.
         timesteps: of sampled images that are noised again: "family", as its models were trained, or the "sampler"'s levels.
         shared_start: whether the trajectories of a prompt start from the same noise.
         pairing: how two sampled images make a pair where there are several rewards; see `rollout.pairing`.
@@ -231,6 +232,14 @@ class Objective(ABC):
     def required_caps(self, kind: Kind) -> frozenset[Cap]:
         """The capabilities these settings need; may be fewer than `needs.caps`."""
         return self.needs.caps
+
+    @property
+    def rows_from(self) -> Source:
+        """`source` in an image run: policy gradients on groups, which need likelihood ratios, take sampled transitions."""
+        if self.source == "data" and "groups" in self.needs.layout:
+            missing = self.required_caps(Kind.BOUND) - CAPABILITIES[Kind.BOUND]
+            return "steps" if missing and not self.required_caps(Kind.STEP) - CAPABILITIES[Kind.STEP] else "data"
+        return self.source
 
     def reads_reference(self) -> bool:
         """Whether these settings read the reference; may be more or less than `needs.reference`."""

@@ -136,21 +136,46 @@ class Transition:
     weight: float = 1.0
 
 
-Entry: TypeAlias = SampledPair | SampledRows | SampledLoser | Transition
-CLASSES: dict[str, Any] = {c.__name__: c for c in (SampledPair, SampledRows, SampledLoser, Transition)}
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """One step of all samples of a prompt.
+
+    Attributes:
+        id: of the group and step.
+        prompt: its number.
+        step: number of the step in the grid.
+        x, x_next: latents before and after it, (K, ...).
+        old: log-densities under the policy that sampled, (K,).
+        rewards: (K, R).
+        advantage: over the whole round, (K,).
+    """
+
+    id: str
+    prompt: int
+    step: int
+    x: Tensor
+    x_next: Tensor
+    old: Tensor
+    rewards: Tensor
+    advantage: Tensor | None = None
+
+
+Entry: TypeAlias = SampledPair | SampledRows | SampledLoser | Transition | StepRows
+CLASSES: dict[str, Any] = {c.__name__: c for c in (SampledPair, SampledRows, SampledLoser, Transition, StepRows)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch(Batch):
-    """P pairs of transitions: 2P rows, chosen first.
+    """N transitions: 2P of P pairs, chosen first, or those of groups.
 
     Attributes:
-        ids: of the pairs.
-        x, x_next: noisy latents before and after the step, (2P, C, ..., h, w).
-        step: number of the step in the sampler's grid, int64 (2P,).
-        t: the nearest timesteps, int64 (2P,), for metrics.
-        conditioning, negative: with and without the prompt, batch 2P.
-        layout: the pairs.
+        ids: of the pairs or rows.
+        x, x_next: noisy latents before and after the step, (N, C, ..., h, w).
+        step: number of the step in the sampler's grid, int64 (N,).
+        t: the nearest timesteps, int64 (N,), for metrics.
+        conditioning, negative: with and without the prompt, batch N.
+        layout: pairs or groups.
+        old: log-densities under the policy that sampled, (N,); of groups.
     """
 
     ids: tuple[str, ...]
@@ -161,10 +186,11 @@ class StepBatch(Batch):
     conditioning: dict[str, Tensor]
     negative: dict[str, Tensor]
     layout: Layout
+    old: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def weight(self) -> Tensor | float:
-        return self.layout.need_pairs().weight
+        return 1.0 if self.layout.pairs is None else self.layout.pairs.weight

@@ -16,6 +16,7 @@ What a round holds follows from the objective's `source` and layout:
 | on_policy | chosen images of the data against points of the policy's own trajectories, with its predictions as targets |
 | trajectories | stored transitions of the best and the worst of K trajectories |
 | candidates | at every step the best and the worst of K next latents from the same latent |
+| steps | transitions of all K trajectories, with their log-densities when they were sampled |
 """
 
 from __future__ import annotations
@@ -52,20 +53,22 @@ from diffalign.sampling.entries import (
     SampledPair,
     SampledRows,
     StepBatch,
+    StepRows,
     Transition,
 )
 from diffalign.sampling.trajectories import Grid, Trajectory, log_density, make_grid, next_mean, sample
 from diffalign.schedules import generator_for
 
 log = logging.getLogger(__name__)
-TRANSITIONS = ("trajectories", "candidates")  # sources of transitions
+TRANSITIONS = ("trajectories", "candidates", "steps")  # sources of transitions
+NOISE_LEVELS = {"ddim": 1.0, "flow_sde": 0.7, "constant_sde": 0.3, "cps": 0.8}  # published
 AnyBatch: TypeAlias = PairBatch | RowBatch | StepBatch
 
 
 def samples_images(config: RunConfig) -> bool:
     """Whether an image run trains on images that it samples."""
     objective: Objective = config.objective
-    return objective.source != "data" or bool(config.rollout.rewards)
+    return objective.rows_from != "data" or bool(config.rollout.rewards)
 
 
 def noise_of(config: RunConfig) -> str:
@@ -76,13 +79,13 @@ def noise_of(config: RunConfig) -> str:
 def sampling_policy(config: RunConfig) -> str:
     """Who samples: "policy", "reference" or "lagged"."""
     objective: Objective = config.objective
-    published = "reference" if objective.source == "generated" else "lagged" if objective.needs.old else "policy"
+    published = "reference" if objective.rows_from == "generated" else "lagged" if objective.needs.old else "policy"
     return config.rollout.policy or published
 
 
 def kind_of(objective: Objective) -> Kind:
     """The kind of score that an image run gives an objective."""
-    return Kind.STEP if objective.source in TRANSITIONS else Kind.BOUND
+    return Kind.STEP if objective.rows_from in TRANSITIONS else Kind.BOUND
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,10 @@ class ImageRollouts:
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
         self.independent = noise_of(config) == "independent"
         self.pairing = config.rollout.pairing or self.objective.pairing
-        source = self.objective.source
-        self.eta = self.rollout.eta if self.rollout.eta is not None else float(source in TRANSITIONS)
-        self.grid = make_grid(family, family.stock_scheduler(), self.rollout.num_inference_steps, latent_shape)
+        self.eta = noise_level(config)
+        self.grid = make_grid(
+            family, family.stock_scheduler(), self.rollout.num_inference_steps, latent_shape, self.rollout.kernel
+        )
         self.size = round_size(config, self.grid, self.eta, accelerator.num_processes)
         total = len(self.kept) if self.from_data else len(prompts)
         self.plan = BatchPlan(range(total), [(0, 0)] * total, self.size.prompts, config.seed)
@@ -151,7 +155,7 @@ class ImageRollouts:
     @property
     def from_data(self) -> bool:
         """Whether winners come from the data."""
-        return self.objective.source in ("generated", "on_policy")
+        return self.objective.rows_from in ("generated", "on_policy")
 
     @property
     def steps_per_round(self) -> int:
@@ -187,7 +191,7 @@ class ImageRollouts:
             f"rollout {index}/{sum(i == index for i, _ in prompts[:place])}"  # one that comes twice is sampled anew
             for place, (index, _) in enumerate(prompts)
         ]
-        together = self.size.per_prompt > 1 or self.objective.source in TRANSITIONS
+        together = self.size.per_prompt > 1 or self.objective.rows_from in TRANSITIONS
         mine = list(range(rank, len(prompts), world)) if together else self._own(len(prompts))
         made = self._sampled([prompts[i] for i in mine], [names[i] for i in mine], number)
         if self.family.device.type != "cpu":
@@ -198,8 +202,10 @@ class ImageRollouts:
         found = list(zip(mine, made, strict=True))
         if world > 1:
             found = sorted(gather_object(found), key=lambda one: one[0])
+        if self.objective.rows_from == "steps":
+            found = self._step_advantages(found)
         every = [entry for _, entries in found for entry in entries]
-        if self.objective.source == "candidates":
+        if self.objective.rows_from == "candidates":
             every = _weighed(every)
         order = torch.randperm(len(every), generator=generator_for(self.config.seed, "transitions", number)).tolist()
         return [every[order[i]] for i in self._own(len(every))]
@@ -212,14 +218,21 @@ class ImageRollouts:
         found = [(place, entry.rewards) for place, entry in zip(places, groups, strict=True)]
         if self.accelerator.num_processes > 1:
             found = gather_object(found)
-        every = sorted(found, key=lambda one: one[0])
-        sizes = torch.tensor([len(reward) for _, reward in every])
-        group = torch.tensor([place for place, _ in every]).repeat_interleave(sizes)
-        reward = torch.cat([reward for _, reward in every])
+        advantage = self._advantages(sorted(found, key=lambda one: one[0]))
+        return [replace(e, advantage=advantage.get(place)) for place, e in zip(places, groups, strict=True)]
+
+    def _advantages(self, rewards_: list[tuple[int, Tensor]]) -> dict[int, Tensor]:
+        """What the objective makes of (place, rewards) of all prompts of a round, by place; nothing if it makes none."""
+        group = torch.tensor([place for place, reward in rewards_ for _ in reward])
+        reward = torch.cat([reward for _, reward in rewards_])
         advantage = self.objective.round_advantage(Groups(index=torch.arange(len(reward)), group=group, reward=reward))
-        if advantage is None:
-            return entries
-        return [replace(e, advantage=advantage[group == place]) for place, e in zip(places, groups, strict=True)]
+        return {} if advantage is None else {place: advantage[group == place] for place, _ in rewards_}
+
+    def _step_advantages(self, found: list[tuple[int, list[Entry]]]) -> list[tuple[int, list[Entry]]]:
+        """The same of every prompt's steps, which share them."""
+        steps = [(place, [e for e in entries if isinstance(e, StepRows)]) for place, entries in found]
+        advantage = self._advantages([(place, entries[0].rewards) for place, entries in steps])
+        return [(place, [replace(e, advantage=advantage.get(place)) for e in entries]) for place, entries in steps]
 
     def _own(self, count: int) -> list[int]:
         """Places of this process's entries: micro-batches are dealt in turn, as those of data are."""
@@ -235,7 +248,7 @@ class ImageRollouts:
             number: of the round.
         """
         numbers = [index for index, _ in prompts]
-        source, needs = self.objective.source, self.objective.needs
+        source, needs = self.objective.rows_from, self.objective.needs
         if self.from_data:
             return self._losers(prompts, names, number)
         if source == "candidates":
@@ -243,6 +256,8 @@ class ImageRollouts:
         made = self.sample(numbers, names, self.rollout.samples_per_prompt, number)
         if source == "trajectories":
             return [self._transitions(one, number) for one in made]
+        if source == "steps":
+            return [self._steps(one, number) for one in made]
         if "pairs" in needs.layout:
             return [[self._pair(one, number)] for one in made]
         if "groups" not in needs.layout and needs.labels == (1,):
@@ -306,8 +321,9 @@ class ImageRollouts:
         """
         texts = [self.text(index) for index in chosen] if texts is None else texts
         shared = self.objective.shared_start if self.rollout.shared_start is None else self.rollout.shared_start
-        shared = shared and self.objective.source == "trajectories"
-        keep = self.objective.source in ("trajectories", "on_policy")
+        source = self.objective.rows_from
+        shared = shared and source in ("trajectories", "steps")
+        windows = [set(self._window(name, number)) for name in names] if self.rollout.window else []
         rows = [(i, k) for i in range(len(chosen)) for k in range(count)]
         parts: list[Trajectory] = []
         given: list[Tensor] = []
@@ -323,8 +339,11 @@ class ImageRollouts:
                     lambda step, part=part: torch.stack(  # type: ignore[misc]
                         [self._noise(f"{names[i]}/{k}/{step}", number) for i, k in part]
                     ),
-                    keep=keep,
-                    outputs=self.objective.source == "on_policy",
+                    keep=source in ("trajectories", "on_policy", "steps"),
+                    outputs=source in ("on_policy", "steps"),
+                    stochastic=None
+                    if not windows
+                    else lambda step, part=part: torch.tensor([step in windows[i] for i, _ in part]),  # type: ignore[misc]
                 )
                 given.append(
                     self._reward(made.clean, [self.prompts[chosen[i]] for i, _ in part] if self.models else [])
@@ -404,7 +423,7 @@ class ImageRollouts:
             entries: list[Entry] = []
             for repeat in range(self.size.per_prompt):
                 loser = SampledLoser(id=one.id, place=place, visit=visit, latents=one.trajectory.clean[0].clone())
-                if self.objective.source == "on_policy":
+                if self.objective.rows_from == "on_policy":
                     generator = generator_for(self.config.seed, f"{one.id} place {repeat}", number)
                     step = int(torch.randint(len(self.grid), (), generator=generator))
                     loser = replace(
@@ -438,6 +457,35 @@ class ImageRollouts:
             )
             for step in self._some(one.id, number)
         ]
+
+    def _window(self, name: str, number: int) -> list[int]:
+        """The stochastic steps of a prompt's samples, where only a window of them is."""
+        first, last = window_starts(self.config, self.grid, self.eta)
+        generator = generator_for(self.config.seed, f"{name} window", number)
+        start = first + int(torch.randint(last - first + 1, (), generator=generator))
+        return list(range(start, start + self.size.per_prompt))
+
+    def _steps(self, one: Sampled, number: int) -> list[Entry]:
+        """Transitions of all samples of a prompt, with what the policy that sampled says of them."""
+        latents, found = one.trajectory.latents, list[Entry]()
+        for step in self._window(one.id, number) if self.rollout.window else self._some(one.id, number):
+            count = len(one.reward)
+            deviation = torch.full((count,), self.grid.deviation(step, self.eta))
+            mean = next_mean(
+                self.grid, torch.full((count,), step), latents[step], one.trajectory.outputs[step], deviation
+            )
+            found.append(
+                StepRows(
+                    id=f"{one.id}/{step}",
+                    prompt=one.prompt,
+                    step=step,
+                    x=latents[step].clone(),
+                    x_next=latents[step + 1].clone(),
+                    old=log_density(latents[step + 1], mean, deviation, self.grid.kernel),
+                    rewards=one.rewards,
+                )
+            )
+        return found
 
     def _some(self, name: str, number: int) -> list[int]:
         """`steps_per_sample` of the steps that have a density, drawn at random."""
@@ -522,6 +570,8 @@ class ImageRollouts:
         first = entries[0]
         if isinstance(first, Transition):
             return self._step_batch([e for e in entries if isinstance(e, Transition)])
+        if isinstance(first, StepRows):
+            return self._group_steps([e for e in entries if isinstance(e, StepRows)])
         if isinstance(first, SampledRows):
             return self._row_batch([e for e in entries if isinstance(e, SampledRows)], number, iteration)
         examples = []
@@ -640,8 +690,32 @@ class ImageRollouts:
             layout=Layout(pairs=pairs),
         )
 
+    def _group_steps(self, entries: list[StepRows]) -> StepBatch:
+        """Transitions of groups."""
+        sizes = torch.tensor([len(e.old) for e in entries])
+        steps = torch.tensor([e.step for e in entries]).repeat_interleave(sizes)
+        parts = [e.advantage for e in entries if e.advantage is not None]
+        count = int(sizes.sum())
+        groups = Groups(
+            index=torch.arange(count),
+            group=torch.arange(len(entries)).repeat_interleave(sizes),
+            reward=torch.cat([e.rewards for e in entries]),
+            advantage=torch.cat(parts) if parts else None,
+        )
+        return StepBatch(
+            ids=tuple(f"{e.id}/{k}" for e in entries for k in range(len(e.old))),
+            x=torch.cat([e.x for e in entries]),
+            x_next=torch.cat([e.x_next for e in entries]),
+            step=steps,
+            t=self.grid.timesteps[steps],
+            conditioning=self.conditioning([self.text(e.prompt) for e in entries for _ in e.old]),
+            negative={name: v.expand(count, *v.shape[1:]).clone() for name, v in self._without().items()},
+            layout=Layout(groups=groups),
+            old=torch.cat([e.old for e in entries]),
+        )
+
     def scores(self, batch: StepBatch) -> tuple[Scores, Layout]:
-        """Mean log-densities of stored transitions under policy and reference, and the pairs.
+        """Mean log-densities of stored transitions under policy and reference, and the pairs or groups.
 
         The reference goes first: adapters must not be switched between the policy's forward and its backward.
         """
@@ -652,7 +726,7 @@ class ImageRollouts:
         def density(network: torch.nn.Module) -> Tensor:
             output = guided(policy, network, batch.x, times, batch.conditioning, batch.negative, scale)
             mean = next_mean(self.grid, batch.step, batch.x, output, deviation)
-            return log_density(batch.x_next, mean, deviation)
+            return log_density(batch.x_next, mean, deviation, self.grid.kernel)
 
         ref = None
         if self.objective.reads_reference():
@@ -660,7 +734,11 @@ class ImageRollouts:
             ((_, weights),) = policy.reference.parts()
             with torch.no_grad(), sampling_mode(policy.bare, adapters=True), policy.reference.active(weights):
                 ref = density(policy.bare)
-        return Scores.steps(density(policy.network), ref), batch.layout
+        theta = density(policy.network)
+        if batch.old is None:
+            return Scores.steps(theta, ref), batch.layout
+        # One unit a row: an objective on units takes every transition as one.
+        return Scores.steps(theta[:, None], None if ref is None else ref[:, None], batch.old[:, None]), batch.layout
 
     # -- what a checkpoint stores ------------------------------------------------------------------------------------
 
@@ -738,6 +816,32 @@ def candidate_steps(config: RunConfig, grid: Grid, eta: float) -> list[int]:
     return [step for step in grid.random_steps(eta) if step >= config.rollout.first_step]
 
 
+def noise_level(config: RunConfig) -> float:
+    """eta: as set, or as published for transitions, or 0."""
+    if config.rollout.eta is not None:
+        return config.rollout.eta
+    return NOISE_LEVELS[config.rollout.kernel] if config.objective.rows_from in TRANSITIONS else 0.0
+
+
+def window_starts(config: RunConfig, grid: Grid, eta: float) -> tuple[int, int]:
+    """First and last step at which a window of stochastic steps may begin.
+
+    Raises:
+        ConfigError: the window does not fit into the steps that have a density.
+    """
+    rollout, steps = config.rollout, candidate_steps(config, grid, eta)
+    assert rollout.window is not None, "asked where there is one"
+    first, last = (rollout.window_range[0], rollout.window_range[1]) if rollout.window_range else (0, len(grid) // 2)
+    if not rollout.window_range:
+        last = max(0, min(last, len(steps) - rollout.window))
+    if not set(range(first, last + rollout.window)) <= set(steps):
+        raise ConfigError(
+            f"rollout.window: {rollout.window} steps that start at {first} to {last} do not fit; of {len(grid)} sampler "
+            f"steps these have a density: {', '.join(map(str, steps)) or 'none'}"
+        )
+    return first, last
+
+
 def round_size(config: RunConfig, grid: Grid, eta: float, processes: int) -> RoundSize:
     """How many prompts a round has and how it is cut.
 
@@ -750,16 +854,20 @@ def round_size(config: RunConfig, grid: Grid, eta: float, processes: int) -> Rou
     assert training.train_batch_size != "auto", "resolved before"
     batch, layout = training.train_batch_size, objective.needs.layout
     rows, per_prompt, what = 1, 1, ""
-    if objective.source in TRANSITIONS:
+    if objective.rows_from in TRANSITIONS:
         possible = len(candidate_steps(config, grid, eta))
-        per_prompt = rollout.steps_per_sample or possible
+        if rollout.window is not None:
+            window_starts(config, grid, eta)
+        per_prompt = rollout.window or rollout.steps_per_sample or possible
         what = f"{per_prompt} trained steps of a trajectory"
         if not 1 <= per_prompt <= possible:
             raise ConfigError(
                 f"rollout.steps_per_sample: got {per_prompt}; {possible} of {len(grid)} sampler steps have a density "
                 f"(eta {eta})"
             )
-    elif objective.source == "on_policy":
+        if objective.rows_from == "steps":
+            rows = _whole_groups(batch, rollout.samples_per_prompt)
+    elif objective.rows_from == "on_policy":
         if rollout.guidance_scale != 1:
             raise ConfigError(
                 f"rollout.guidance_scale: got {rollout.guidance_scale}; {objective.name!r} trains predictions with a prompt "
@@ -767,12 +875,7 @@ def round_size(config: RunConfig, grid: Grid, eta: float, processes: int) -> Rou
             )
         per_prompt, what = rollout.steps_per_sample or 1, "rollout.steps_per_sample"
     elif "groups" in layout or ("items" in layout and objective.needs.labels != (1,) and "pairs" not in layout):
-        rows = rollout.samples_per_prompt
-        if batch % rows:
-            raise ConfigError(
-                f"training.train_batch_size: got {batch}; the images of a group stay together: expected a multiple of "
-                f"rollout.samples_per_prompt {rows}"
-            )
+        rows = _whole_groups(batch, rollout.samples_per_prompt)
     entries = batch // rows * training.gradient_accumulation_steps * rollout.steps_per_generation * processes
     if entries % per_prompt:
         raise ConfigError(
@@ -780,3 +883,17 @@ def round_size(config: RunConfig, grid: Grid, eta: float, processes: int) -> Rou
             f"processes) is no multiple of {what} ({per_prompt}); change one of them"
         )
     return RoundSize(per_batch=batch // rows, per_prompt=per_prompt, prompts=entries // per_prompt)
+
+
+def _whole_groups(batch: int, size: int) -> int:
+    """The size of a group.
+
+    Raises:
+        ConfigError: a micro-batch is no whole number of them.
+    """
+    if batch % size:
+        raise ConfigError(
+            f"training.train_batch_size: got {batch}; the images of a group stay together: expected a multiple of "
+            f"rollout.samples_per_prompt {size}"
+        )
+    return size

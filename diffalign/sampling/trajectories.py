@@ -7,8 +7,18 @@ One step of it, for any model x_t = alpha x0 + sigma noise, from level t to leve
 
 with x0^ and noise^ from the network's prediction. For variance-preserving models this is DDIM (arXiv 2010.02502, eq. 12 and
 16; eta 1 is the DDPM posterior), for flow models DiffusionNFT's stochastic step (arXiv 2509.16117, appendix B); eta 0 is
-the deterministic DDIM or Euler step. Log-densities are means over the latent's elements, as all public implementations
-of trajectory methods have them, in float32.
+the deterministic DDIM or Euler step. Flow models have three more kernels, which differ in sd and, but for cps, in the mean:
+
+    flow_sde     sd = eta sqrt(t / (1 - t)) sqrt(t - s)     x_s = x_t - (t - s) v - sd^2 / (2 t) noise^ + sd xi
+                 (Flow-GRPO, arXiv 2505.05470; at t = 1 the denominator is that of the second level)
+    constant_sde sd = eta sqrt(t - s), the same mean                                         (DanceGRPO, arXiv 2505.07818)
+    cps          sd = s sin(eta pi / 2), the mean of the first formula above                 (Flow-CPS, arXiv 2509.05952)
+
+The first two keep the marginals as steps grow finer; cps re-injects a share of the noise at every step and does not. Public
+implementations of cps leave the variance out of its log-density; so does `log_density`.
+
+Log-densities are means over the latent's elements, as all public implementations of trajectory methods have them, in
+float32.
 
 Legend: S steps, N samples.
 """
@@ -18,15 +28,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.errors import ConfigError
 from diffalign.families import DenoisingFamily
 from diffalign.prediction import PredictionType, append_dims, convert
 
+Kernel = Literal["ddim", "flow_sde", "constant_sde", "cps"]
 Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy latents (N, ...), times (N,)) -> native prediction, float32
 
 
@@ -39,6 +51,7 @@ class Grid:
         alphas, sigmas: levels before each step and after the last, (S + 1,), float32.
         timesteps: the nearest timesteps of the training schedule, int64 (S,).
         prediction_type: of the network.
+        kernel: of the stochastic step.
     """
 
     times: Tensor
@@ -46,6 +59,7 @@ class Grid:
     sigmas: Tensor
     timesteps: Tensor
     prediction_type: PredictionType
+    kernel: Kernel = "ddim"
 
     def __len__(self) -> int:
         return len(self.times)
@@ -54,6 +68,13 @@ class Grid:
         """sd of a step; 0 where it is deterministic."""
         a, s = float(self.alphas[step]), float(self.sigmas[step])
         a_next, s_next = float(self.alphas[step + 1]), float(self.sigmas[step + 1])
+        if self.kernel == "cps":
+            return s_next * math.sin(eta * math.pi / 2)
+        if self.kernel == "constant_sde":
+            return eta * math.sqrt(s - s_next)
+        if self.kernel == "flow_sde":
+            below = 1 - s if s < 1 else 1 - float(self.sigmas[1])
+            return eta * math.sqrt(s / below) * math.sqrt(s - s_next)
         inside = 1 - (s_next * a) ** 2 / (s * a_next) ** 2
         return eta * s_next * math.sqrt(max(inside, 0.0))
 
@@ -62,7 +83,9 @@ class Grid:
         return [k for k in range(len(self)) if self.deviation(k, eta) > 0]
 
 
-def make_grid(family: DenoisingFamily, scheduler: Any, steps: int, latent_shape: tuple[int, ...]) -> Grid:
+def make_grid(
+    family: DenoisingFamily, scheduler: Any, steps: int, latent_shape: tuple[int, ...], kernel: Kernel = "ddim"
+) -> Grid:
     """The grid of a stock scheduler.
 
     Args:
@@ -70,7 +93,13 @@ def make_grid(family: DenoisingFamily, scheduler: Any, steps: int, latent_shape:
         scheduler: a diffusers scheduler of the family's pipeline (it is not changed).
         steps: number of steps.
         latent_shape: of one sample; some flow schedulers shift by it.
+        kernel: of stochastic steps; all but "ddim" are for flow models.
+
+    Raises:
+        ConfigError: a flow kernel for another model.
     """
+    if kernel != "ddim" and not family.schedule.is_flow:
+        raise ConfigError(f"rollout.kernel: got {kernel!r}, a step of flow models; this model takes 'ddim'")
     made = type(scheduler).from_config(scheduler.config)
     schedule = family.schedule
     if schedule.is_flow:
@@ -86,7 +115,7 @@ def make_grid(family: DenoisingFamily, scheduler: Any, steps: int, latent_shape:
             sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         times = made.timesteps.float().cpu()
         timesteps = (sigmas[:-1, None] - schedule.sigmas[None]).abs().argmin(1)
-        return Grid(times, 1 - sigmas, sigmas, timesteps, schedule.prediction_type)
+        return Grid(times, 1 - sigmas, sigmas, timesteps, schedule.prediction_type, kernel)
     made.set_timesteps(steps)
     times = made.timesteps.long().cpu().unique_consecutive()  # PNDM takes its second step twice
     alphas = schedule.alphas[times]
@@ -118,12 +147,15 @@ def next_mean(grid: Grid, steps: Tensor, x: Tensor, output: Tensor, deviation: T
     alpha_next, sigma_next = grid.alphas[there].to(x.device), grid.sigmas[there].to(x.device)
     x0 = convert(output, x, alpha, sigma, grid.prediction_type, "sample")
     noise = convert(output, x, alpha, sigma, grid.prediction_type, "epsilon")
+    if grid.kernel in ("flow_sde", "constant_sde"):
+        moved = x + append_dims(sigma_next - sigma, x) * (noise - x0)
+        return moved - append_dims(deviation.square() / (2 * sigma), x) * noise
     kept = (sigma_next.square() - deviation.square()).clamp(min=0).sqrt()
     return append_dims(alpha_next, x) * x0 + append_dims(kept, x) * noise
 
 
-def log_density(x_next: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """Gaussian log-density of next latents, the mean over their elements, float32 (N,).
+def log_density(x_next: Tensor, mean: Tensor, deviation: Tensor, kernel: Kernel = "ddim") -> Tensor:
+    """Gaussian log-density of next latents, the mean over their elements, float32 (N,); of "cps" minus the squared distance.
 
     Args:
         x_next: (N, ...).
@@ -131,6 +163,8 @@ def log_density(x_next: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
         deviation: > 0, (N,).
     """
     missed = (x_next.float() - mean.float()).square().flatten(1).mean(1)
+    if kernel == "cps":
+        return -missed
     return -missed / (2 * deviation.square()) - deviation.log() - 0.5 * math.log(2 * math.pi)
 
 
@@ -161,6 +195,7 @@ def sample(
     *,
     keep: bool = True,
     outputs: bool = True,
+    stochastic: Callable[[int], Tensor] | None = None,
 ) -> Trajectory:
     """Sample N latents.
 
@@ -172,14 +207,17 @@ def sample(
         draw: standard normal noise of a step, (N, ...), where eta > 0.
         keep: False keeps the clean latents alone.
         outputs: False forgets the predictions.
+        stochastic: bool (N,) of a step: which samples take it with noise; None: all.
     """
     x = noise  # samplers start from unit variance, whatever little signal the noisiest level still has
     latents, predicted = [x], []
     for number in range(len(grid)):
         output = predict(x, grid.times[number].to(x.device).expand(len(x))).float()
         deviation = torch.full((len(x),), grid.deviation(number, eta), device=x.device)
+        if stochastic is not None:
+            deviation = deviation * stochastic(number).to(deviation)
         x = next_mean(grid, torch.full((len(x),), number), x, output, deviation)
-        if deviation[0] > 0:
+        if (deviation > 0).any():
             assert draw is not None, "a stochastic sampler needs noise"
             x = x + append_dims(deviation, x) * draw(number).to(x)
         if keep:

@@ -303,7 +303,7 @@ def test_a_dropped_prompt_is_dropped_in_the_sample_too(run: Any, seen: list[Any]
     torch.testing.assert_close(out.metrics["error/rejected"], torch.zeros(8), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo", "diffusion_nft"])
+@pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo", "grpo", "diffusion_nft"])
 def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_path: Path) -> None:
     settings = {"beta": 50.0} if objective in ("dpo", "gdpo") else {}
     rollout = {"steps_per_generation": 4}
@@ -327,7 +327,7 @@ def test_a_round_may_be_cut_otherwise_when_it_is_resumed(run: Any) -> None:
     assert losses_of(part) == pytest.approx(losses_of(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "gdpo", "diffusion_nft", "d3po", "spo", "seppo", "dro"])
+@pytest.mark.parametrize("objective", ["dpo", "gdpo", "diffusion_nft", "d3po", "grpo", "spo", "seppo", "dro"])
 def test_a_round_is_the_same_on_one_process_and_on_two(
     run: Any, seen: list[Any], monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
@@ -340,11 +340,11 @@ def test_a_round_is_the_same_on_one_process_and_on_two(
     first, second = processes(job, 2, 6, monkeypatch)
     assert [e.id for e in first + second] == [e.id for e in alone]
     for a, b in zip(first + second, alone, strict=True):
-        for name in ("latents", "x", "x_next", "x_t", "target", "weight", "advantage"):
+        for name in ("latents", "x", "x_next", "x_t", "target", "weight", "old", "advantage"):
             if getattr(b, name, None) is not None:
                 torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-4)
     # micro-batches are dealt in turn
-    size = 2 if objective in ("gdpo", "diffusion_nft") else 3
+    size = 6 if objective == "grpo" else 2 if objective in ("gdpo", "diffusion_nft") else 3
     first, second = processes(job, 2, size, monkeypatch)
     (alone,) = processes(job, 1, 2 * size, monkeypatch)
     half = len(alone) // 2
@@ -407,6 +407,34 @@ def test_a_small_batch_of_the_sampler_splits_a_group(run: Any, seen: list[Any]) 
 def test_nothing_of_a_round_stays_where_it_was_sampled() -> None:
     made = mapped(Trajectory([torch.zeros(1)], [torch.ones(1)]), lambda x: x.double())
     assert made.latents[0].dtype == made.outputs[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_policy_gradients_train_sampled_steps_at_ratio_one_first(run: Any, seen: list[Any], window: int | None) -> None:
+    rollout = {"window": window, "guidance_scale": 2.0, "steps_per_generation": 2}
+    run("run", "grpo", settings={"epsilon": 1e-4, "beta": 0.1}, rollout=rollout)
+    job, batch, out = seen[0]
+    assert isinstance(batch, StepBatch)
+    assert job.rollouts.size.per_prompt == (window or 3)
+    groups = batch.layout.need_groups()
+    assert groups.group.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.step.view(3, 2)[:, 0].tolist() == batch.step.view(3, 2)[:, 1].tolist()
+    torch.testing.assert_close(out.metrics["ratio"], torch.ones(6), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.metrics["kl"], torch.zeros(6), rtol=0, atol=1e-6)
+    # the loss starts at the mean of -A, which is 0 in every group, and its gradient does not vanish
+    torch.testing.assert_close(out.per_item.detach().view(3, 2).sum(1), torch.zeros(3), rtol=0, atol=1e-4)
+    assert seen[-1][2].metrics["ratio"].sub(1).abs().max() > 0
+    rewards = groups.reward[:, 0]
+    assert ((rewards.view(3, 2)[:, 0] > rewards.view(3, 2)[:, 1]) == (groups.advantage.view(3, 2)[:, 0] > 0)).all()
+
+
+def test_steps_outside_of_the_window_are_deterministic(run: Any, seen: list[Any]) -> None:
+    run("run", "grpo", rollout={"window": 1, "window_range": [1, 1], "shared_start": True})
+    _, batch, _ = seen[0]
+    assert set(batch.step.tolist()) == {1}
+    for first in (0, 2, 4):  # one start and no noise before the window
+        torch.testing.assert_close(batch.x[first], batch.x[first + 1], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(batch.x_next[first], batch.x_next[first + 1], atol=1e-2)
 
 
 def test_diffusion_nft_starts_where_the_lagged_policy_is(run: Any, seen: list[Any]) -> None:
@@ -479,13 +507,16 @@ def test_forwards_are_counted(run: Any) -> None:
         ("d3po", {"eta": 0.0}, "have no density"),
         ("d3po", {"steps_per_sample": 9}, "3 of 4 sampler steps have a density"),
         ("d3po", {"rewards": []}, "at least one reward"),
+        ("grpo", {"window": 4}, "do not fit"),
+        ("grpo", {"window": 2, "window_range": [2, 3]}, "start at 2 to 3 do not fit"),
+        ("grpo", {"kernel": "flow_sde"}, "a step of flow models"),
         ("dpo", {"samples_per_prompt": 1}, "at least 2"),
         ("gdpo", {"samples_per_prompt": 4}, "multiple of rollout.samples_per_prompt 4"),
         ("d3po", {"reward_weights": [1.0, 2.0]}, "give one each"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(run: Any, objective: str, rollout: dict[str, Any], message: str) -> None:
-    settings = {} if objective == "d3po" else {"beta": 50.0}
+    settings = {} if objective in ("d3po", "grpo") else {"beta": 50.0}
     with pytest.raises(ConfigError, match=message):
         run("run", objective, settings=settings, rollout=rollout)
 

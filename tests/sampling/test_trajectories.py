@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
+from diffalign.errors import ConfigError
 from diffalign.prediction import convert
 from diffalign.sampling.trajectories import Grid, log_density, make_grid, next_mean, sample
 from diffalign.schedules import Schedule
@@ -196,3 +197,78 @@ def test_predictions_are_kept_only_where_they_are_wanted():
     made = sample(network, grid, noise(), 0.0, outputs=False)
     assert len(made.latents) == 4
     assert made.outputs == []
+
+
+# -- other kernels of flow models ------------------------------------------------------------------------------------
+
+
+def flow_grid(kernel, steps=4):
+    model = flow()
+    return make_grid(model, model.scheduler, steps, SHAPE, kernel)
+
+
+def at(grid, step, eta, x, v):
+    deviation = torch.full((len(x),), grid.deviation(step, eta))
+    return next_mean(grid, torch.full((len(x),), step), x, v, deviation), deviation
+
+
+@pytest.mark.parametrize("kernel", ["flow_sde", "constant_sde", "cps"])
+def test_kernels_without_noise_are_the_euler_step(kernel):
+    grid, x, v = flow_grid(kernel), noise(), noise(seed=1)
+    mean, deviation = at(grid, 1, 0.0, x, v)
+    assert not deviation.any()
+    torch.testing.assert_close(mean, x + (grid.sigmas[2] - grid.sigmas[1]) * v, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "eta"), [("flow_sde", 0.7), ("constant_sde", 0.3)])
+@pytest.mark.parametrize("step", [0, 2])
+def test_sde_steps_are_those_of_the_published_code(kernel, eta, step):
+    """x (1 + S^2 dt / (2 t)) + v (1 + S^2 (1 - t) / (2 t)) dt, and S sqrt(-dt)."""
+    grid, x, v = flow_grid(kernel), noise(), noise(seed=1)
+    t, dt = float(grid.sigmas[step]), float(grid.sigmas[step + 1] - grid.sigmas[step])
+    below = 1 - t if t < 1 else 1 - float(grid.sigmas[1])
+    s = eta if kernel == "constant_sde" else eta * math.sqrt(t / below)
+    mean, deviation = at(grid, step, eta, x, v)
+    expected = x * (1 + s**2 / (2 * t) * dt) + v * (1 + s**2 * (1 - t) / (2 * t)) * dt
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+    assert float(deviation[0]) == pytest.approx(s * math.sqrt(-dt), rel=1e-5)
+
+
+def test_published_deviations_of_flow_grpo():
+    """SD3.5's ten steps at a = 0.7."""
+    model = flow(3.0)
+    grid = make_grid(model, model.scheduler, 10, SHAPE, "flow_sde")
+    found = [grid.deviation(k, 0.7) for k in range(10)]
+    assert found == pytest.approx([0.700, 0.743, 0.536, 0.446, 0.392, 0.353, 0.319, 0.282, 0.225, 0.0063], rel=5e-3)
+
+
+def test_cps_keeps_the_noise_level_and_has_no_noise_at_the_end():
+    grid, x0, xi = flow_grid("cps"), noise(), noise(seed=1)
+    s, s_next = grid.sigmas[1], grid.sigmas[2]
+    x = (1 - s) * x0 + s * xi
+    mean, deviation = at(grid, 1, 0.8, x, xi - x0)
+    assert float(deviation[0]) == pytest.approx(float(s_next) * math.sin(0.4 * math.pi), rel=1e-5)
+    left = (s_next**2 - deviation[0] ** 2).sqrt()
+    torch.testing.assert_close(mean, (1 - s_next) * x0 + left * xi, rtol=1e-4, atol=1e-5)
+    assert grid.deviation(len(grid) - 1, 0.8) == 0
+    torch.testing.assert_close(log_density(mean + 0.5, mean, deviation, "cps"), torch.full((2,), -0.25))
+
+
+def test_flow_kernels_are_refused_on_other_models():
+    model = ddim()
+    with pytest.raises(ConfigError, match="a step of flow models"):
+        make_grid(model, model.scheduler, 4, SHAPE, "flow_sde")
+
+
+def test_samples_are_stochastic_only_where_they_are_asked_to_be():
+    grid = ddim().grid(4)
+    mask = {1: torch.tensor([True, False])}
+
+    def stochastic(step):
+        return mask.get(step, torch.tensor([False, False]))
+
+    made = sample(network, grid, noise(), 1.0, lambda step: noise(seed=step), stochastic=stochastic)
+    still = sample(network, grid, noise(), 0.0)
+    torch.testing.assert_close(made.clean[1], still.clean[1])
+    assert not torch.allclose(made.clean[0], still.clean[0], atol=1e-3)
+    torch.testing.assert_close(made.latents[1], still.latents[1])
