@@ -27,7 +27,7 @@ from torch import nn
 from diffalign import adapters, checkpoint, preflight
 from diffalign._run_data import describe_environment
 from diffalign.config import RunConfig, TrainingConfig, dump
-from diffalign.errors import MissingExtraError
+from diffalign.errors import MissingExtraError, UserError
 from diffalign.files import atomic_write_text
 from diffalign.hardware import make_accelerator, memory_gb, open_family, resolve_auto
 from diffalign.health import Monitor, require_finite
@@ -183,7 +183,13 @@ def train(config: RunConfig) -> TrainResult:
             tick = time.perf_counter()
             counted = 0
             for part in range(accumulation):
-                batch = next(batches)
+                try:
+                    batch = next(batches)
+                except UserError:  # a reward that died, say: no step is lost
+                    if accelerator.is_main_process and not checkpoint.folder_for(run_dir, step).exists():
+                        save_checkpoint()
+                        log.warning("stopped at step %d; go on with training.resume_from_checkpoint=latest", step)
+                    raise
                 if config.lora.dropout:  # the only random numbers that are not drawn for a sample
                     visit = step * accumulation + part
                     torch.manual_seed(sample_seed(config.seed, f"dropout {accelerator.process_index}", visit))

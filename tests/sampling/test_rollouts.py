@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign import checkpoint
+from diffalign import checkpoint, rewards
 from diffalign.data.batch import PairBatch, RowBatch, mapped
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, UserError
 from diffalign.jobs.image import ImageJob
 from diffalign.losses.references import lag_decay
 from diffalign.metrics import read_rows
@@ -315,6 +315,26 @@ def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_pa
     assert losses_of(whole) == losses_of(part)
     a, b = adapter_of(whole), adapter_of(part)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_reward_that_dies_loses_no_step(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"settings": {"beta": 50.0}, "training": {"max_train_steps": 4}}
+    original, calls, fatal = rewards.score, [], [0]
+
+    def score(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == fatal[0]:
+            raise rewards.RewardError("no answer")
+        return original(*args, **options)
+
+    monkeypatch.setattr(rewards, "score", score)
+    whole = run("whole", "dpo", **more)
+    fatal[0] = len(calls) + len(calls) // 2 + 1  # within the third of four rounds
+    with pytest.raises(UserError, match="no answer"):
+        run("part", "dpo", **more)
+    assert list(checkpoint.steps_of(tmp_path / "part")) == [2]
+    again = run("part", "dpo", **(more | {"training": {"max_train_steps": 4, "resume_from_checkpoint": "latest"}}))
+    assert losses_of(again) == losses_of(whole)
 
 
 def test_a_round_may_be_cut_otherwise_when_it_is_resumed(run: Any) -> None:
