@@ -9,7 +9,7 @@ from diffalign.config import RunConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.families import DenoisingFamily
 from diffalign.measure import NetworkCost, measure_decoder
-from diffalign.sampling.rollouts import TRANSITIONS, samples_images
+from diffalign.sampling.rollouts import TRANSITIONS, samples_images, sampling_policy
 from diffalign.summary import images_per_pair
 
 DECODED = 16  # images that a rollout decodes at a time, at most
@@ -104,8 +104,8 @@ def plan_sampling(
     images = trained * count if source == "candidates" else count
     branches = branches_of(config, architecture.family)
     forwards = prompts * calls * branches
-    who = rollout.policy or ("reference" if source == "generated" else "policy")
-    each = network.policy_forward_flops if who == "policy" else network.forward_flops
+    who = sampling_policy(config)
+    each = network.forward_flops if who == "reference" else network.policy_forward_flops
     decode, memory = 0, 0
     if rollout.rewards:
         cost = measure_decoder(architecture.configs["vae"], latent_shape)

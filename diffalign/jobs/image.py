@@ -30,10 +30,10 @@ from diffalign.sampling.entries import StepBatch
 from diffalign.sampling.rollouts import (
     AnyBatch,
     ImageRollouts,
+    has_lagged,
     kind_of,
     noise_of,
     samples_images,
-    sampling_policy,
 )
 from diffalign.summary import objective_summary
 
@@ -128,7 +128,7 @@ class ImageJob(Job):
 
     def start(self, network: nn.Module, bare: nn.Module, reference: Reference) -> None:
         lagged = None
-        if self.online and (self.objective.needs.old or sampling_policy(self.config) == "lagged"):
+        if has_lagged(self.config):
             lagged = Lagged(adapters.parameters(bare), self.config.rollout.old_decay)
         self.policy = Policy(self.family, network, bare, self.autocast, self.config.denoising, reference, lagged)
         self.forwards_before = 0  # images through the network before the run was resumed

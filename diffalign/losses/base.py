@@ -177,6 +177,8 @@ class Objective(ABC):
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
             latents drawn from one latent. "steps": transitions of all samples of a prompt, with the log-densities under the
             policy that sampled them.
+        whole_trajectories: whether a row is a trajectory with all its steps; runs hand out single transitions.
+        sampled_by: who samples images unless a config says otherwise; see `rollout.policy`.
         timesteps: of sampled images that are noised again: "family", as its models were trained, or the "sampler"'s levels.
         shared_start: whether the trajectories of a prompt start from the same noise.
         pairing: how two sampled images make a pair where there are several rewards; see `rollout.pairing`.
@@ -197,6 +199,8 @@ class Objective(ABC):
     noise: ClassVar[Literal["shared", "independent"]] = "shared"
     noising: ClassVar[Literal["forward", "ddim_inversion", "renoise_inversion"]] = "forward"
     source: ClassVar[Source] = "data"
+    whole_trajectories: ClassVar[bool] = False
+    sampled_by: ClassVar[Literal["policy", "reference", "lagged"]] = "policy"
     timesteps: ClassVar[Literal["family", "sampler"]] = "family"
     shared_start: ClassVar[bool] = True
     pairing: ClassVar[Literal["sum", "dominance"]] = "sum"

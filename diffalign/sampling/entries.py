@@ -146,6 +146,7 @@ class StepRows:
         step: number of the step in the grid.
         x, x_next: latents before and after it, (K, ...).
         old: log-densities under the policy that sampled, (K,).
+        mean: of the step, (K, ...), where the objective reads how far it has moved.
         rewards: (K, R).
         advantage: over the whole round, (K,).
     """
@@ -157,6 +158,7 @@ class StepRows:
     x_next: Tensor
     old: Tensor
     rewards: Tensor
+    mean: Tensor | None = None
     advantage: Tensor | None = None
 
 
@@ -176,6 +178,7 @@ class StepBatch(Batch):
         conditioning, negative: with and without the prompt, batch N.
         layout: pairs or groups.
         old: log-densities under the policy that sampled, (N,); of groups.
+        mean: of the steps when they were sampled, (N, C, ..., h, w); of groups.
     """
 
     ids: tuple[str, ...]
@@ -187,6 +190,7 @@ class StepBatch(Batch):
     negative: dict[str, Tensor]
     layout: Layout
     old: Tensor | None = None
+    mean: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -41,6 +41,7 @@ from diffalign.errors import ConfigError
 from diffalign.families import DECODER, Conditioning, DenoisingFamily
 from diffalign.losses import Groups, Items, Kind, Layout, Objective, Pairs, Scores
 from diffalign.losses.diffusion.capo import calibrated_rewards, frontiers
+from diffalign.losses.scores import mean_square
 from diffalign.policy import Policy
 from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
@@ -78,9 +79,14 @@ def noise_of(config: RunConfig) -> str:
 
 def sampling_policy(config: RunConfig) -> str:
     """Who samples: "policy", "reference" or "lagged"."""
+    return config.rollout.policy or str(config.objective.sampled_by)
+
+
+def has_lagged(config: RunConfig) -> bool:
+    """Whether a run keeps a lagged copy of the policy: it samples, or the objective compares with it."""
     objective: Objective = config.objective
-    published = "reference" if objective.rows_from == "generated" else "lagged" if objective.needs.old else "policy"
-    return config.rollout.policy or published
+    compares = objective.needs.old and objective.rows_from not in TRANSITIONS
+    return samples_images(config) and (compares or sampling_policy(config) == "lagged")
 
 
 def kind_of(objective: Objective) -> Kind:
@@ -481,6 +487,7 @@ class ImageRollouts:
                     step=step,
                     x=latents[step].clone(),
                     x_next=latents[step + 1].clone(),
+                    mean=mean if "mean_shift" in self.objective.needs.extra else None,
                     old=log_density(latents[step + 1], mean, deviation, self.grid.kernel),
                     rewards=one.rewards,
                 )
@@ -712,6 +719,7 @@ class ImageRollouts:
             negative={name: v.expand(count, *v.shape[1:]).clone() for name, v in self._without().items()},
             layout=Layout(groups=groups),
             old=torch.cat([e.old for e in entries]),
+            mean=None if entries[0].mean is None else torch.cat([e.mean for e in entries if e.mean is not None]),
         )
 
     def scores(self, batch: StepBatch) -> tuple[Scores, Layout]:
@@ -723,22 +731,53 @@ class ImageRollouts:
         deviation = torch.tensor([self.grid.deviation(k, self.eta) for k in batch.step.tolist()], device=batch.x.device)
         times = self.grid.times.to(batch.x.device)[batch.step]
 
-        def density(network: torch.nn.Module) -> Tensor:
+        def step(network: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+            """Prediction, mean and log-density of the next latents."""
             output = guided(policy, network, batch.x, times, batch.conditioning, batch.negative, scale)
             mean = next_mean(self.grid, batch.step, batch.x, output, deviation)
-            return log_density(batch.x_next, mean, deviation, self.grid.kernel)
+            return output, mean, log_density(batch.x_next, mean, deviation, self.grid.kernel)
 
-        ref = None
+        ref, there = None, None
         if self.objective.reads_reference():
             assert policy.reference is not None, "a run has a reference"
             ((_, weights),) = policy.reference.parts()
             with torch.no_grad(), sampling_mode(policy.bare, adapters=True), policy.reference.active(weights):
-                ref = density(policy.bare)
-        theta = density(policy.network)
+                there = step(policy.bare)
+                ref = there[2]
+        here = step(policy.network)
+        theta = here[2]
         if batch.old is None:
             return Scores.steps(theta, ref), batch.layout
         # One unit a row: an objective on units takes every transition as one.
-        return Scores.steps(theta[:, None], None if ref is None else ref[:, None], batch.old[:, None]), batch.layout
+        extra = self._extra(batch, deviation, here, there)
+        ref = None if ref is None else ref[:, None]
+        return Scores.steps(theta[:, None], ref, batch.old[:, None], extra=extra), batch.layout
+
+    def _extra(
+        self,
+        batch: StepBatch,
+        deviation: Tensor,
+        here: tuple[Tensor, Tensor, Tensor],
+        there: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """What policy gradients on steps read beside log-densities, (N,) each; see `losses.diffusion._transitions`."""
+        asked, sigmas = self.objective.needs.extra, self.grid.sigmas.to(batch.x.device)
+        found: dict[str, Tensor] = {}
+        if "std" in asked:
+            found["std"] = deviation
+        if "dt" in asked:
+            found["dt"] = (sigmas[batch.step + 1] - sigmas[batch.step]).abs()
+        if "mean_shift" in asked:
+            assert batch.mean is not None, "stored where it is asked for"
+            found["mean_shift"] = mean_square(here[1] - batch.mean) / (2 * deviation.square())
+        if there is not None and "ref_shift" in asked:
+            found["ref_shift"] = mean_square(here[1] - there[1]) / (2 * deviation.square())
+        if there is not None and "eps_shift" in asked:
+            alpha, sigma = self.grid.alphas.to(batch.x.device)[batch.step], sigmas[batch.step]
+            native = self.grid.prediction_type
+            noises = [convert(one[0], batch.x, alpha, sigma, native, "epsilon") for one in (here, there)]
+            found["eps_shift"] = mean_square(noises[0] - noises[1])
+        return found
 
     # -- what a checkpoint stores ------------------------------------------------------------------------------------
 

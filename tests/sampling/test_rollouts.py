@@ -448,6 +448,54 @@ def test_policy_gradients_train_sampled_steps_at_ratio_one_first(run: Any, seen:
     assert ((rewards.view(3, 2)[:, 0] > rewards.view(3, 2)[:, 1]) == (groups.advantage.view(3, 2)[:, 0] > 0)).all()
 
 
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("flow_grpo", {"beta": 0.04}),
+        ("dance_grpo", {}),
+        ("grpo_guard", {}),
+        ("flow_dppo", {}),
+        ("dpok", {"beta": 0.01}),
+        ("ddpo", {}),
+    ],
+)
+def test_what_policy_gradients_on_steps_read_is_nothing_at_first(
+    run: Any, seen: list[Any], objective: str, settings: dict[str, Any]
+) -> None:
+    run("run", objective, settings=settings, rollout={"steps_per_generation": 2})
+    job, batch, out = seen[0]
+    torch.testing.assert_close(out.metrics["ratio"], torch.ones(6), rtol=0, atol=1e-5)
+    scores, _ = job.rollouts.scores(batch)
+    asked = job.objective.needs.extra
+    assert set(scores.extra) == set(asked)
+    assert seen[-1][2].per_item.isfinite().all()
+    for name in ("std", "dt"):
+        if name in asked:
+            assert (scores.extra[name] > 0).all()
+    for name in ("mean_shift", "ref_shift", "eps_shift"):  # two steps later
+        if name in asked:
+            assert (scores.extra[name] >= 0).all()
+            assert scores.extra[name].any()
+            assert scores.extra[name].requires_grad
+    if "kl" in out.metrics:
+        torch.testing.assert_close(out.metrics["kl"], torch.zeros(6), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", ["awm", "dgpo", "crd"])
+def test_online_objectives_on_noised_samples_train(run: Any, seen: list[Any], objective: str) -> None:
+    run("run", objective, rollout={"num_iterations": 2})
+    job, _, out = seen[0]
+    assert job.policy.lagged is not None
+    assert out.per_item.isfinite().all()
+    ups = [p for name, p in job.policy.bare.named_parameters() if "lora_B" in name]
+    assert any(bool(p.any()) for p in ups)  # it has learnt something
+
+
+def test_objectives_on_whole_trajectories_are_refused(run: Any) -> None:
+    with pytest.raises(ConfigError, match="with all their steps"):
+        run("run", "prdp")
+
+
 def test_steps_outside_of_the_window_are_deterministic(run: Any, seen: list[Any]) -> None:
     run("run", "grpo", rollout={"window": 1, "window_range": [1, 1], "shared_start": True})
     _, batch, _ = seen[0]

@@ -86,6 +86,7 @@ class CRD(Noised):
     paper: ClassVar[str] = "2603.14128"
     composition: ClassVar[str] = "error of the lagged policy - error -> centred -> square at the centred optimality"
     needs: ClassVar[Needs] = needs("groups", caps=(Cap.RESIDUAL,), reference=False, old=True)
+    sampled_by: ClassVar[Literal["policy", "reference", "lagged"]] = "lagged"
     parity: ClassVar[str] = "X-GenGroup/Flow-Factory trainers/crd.py (formula)"
     status: ClassVar[Literal["stable", "experimental"]] = "experimental"
     unknown: ClassVar[str] = (

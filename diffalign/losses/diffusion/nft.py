@@ -78,6 +78,7 @@ class DiffusionNFT(GroupObjective):
         "predictions around the lagged policy -> errors of x0 -> weighed by optimality r and 1 - r"
     )
     needs: ClassVar[Needs] = needs("groups", caps=(Cap.RESIDUAL,), reference=False, old=True, to_sample=True)
+    sampled_by: ClassVar[Literal["policy", "reference", "lagged"]] = "lagged"
     parity: ClassVar[str] = "NVlabs/DiffusionNFT scripts/train_nft_sd3.py (formula)"
     instead: ClassVar[str] = "use 'nft' on texts, 'grpo' on stored transitions"
     noise: ClassVar[Literal["shared", "independent"]] = "independent"

@@ -81,6 +81,7 @@ class PRDP(Refusing, BetaObjective):
     }
     instead: ClassVar[str] = "use 'rebel', the same regression without the clip"
     default_beta: ClassVar[Mapping[Kind, float]] = {Kind.STEP: 3e-5}
+    whole_trajectories: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

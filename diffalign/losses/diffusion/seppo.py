@@ -66,6 +66,7 @@ class SePPO(Directed, LogisticPair):
     )
     instead: ClassVar[str] = "use 'dpo' on generated losers"
     source: ClassVar[Source] = "generated"
+    sampled_by: ClassVar[Literal["policy", "reference", "lagged"]] = "reference"
 
     def __post_init__(self) -> None:
         super().__post_init__()
