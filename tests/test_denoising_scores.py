@@ -41,7 +41,7 @@ class KnownErrors(Policy):
         self.known, self.asked = (error, reference), None
         self.denoising = DenoisingConfig()
 
-    def measure(self, rows, *, reference=True, residual=False, noising="forward"):
+    def measure(self, rows, *, reference=True, old=False, residual=False, noising="forward"):
         self.asked = SimpleNamespace(
             x0=rows.x0, noise=rows.noise, t=rows.t, conditioning=rows.conditioning, reference=reference
         )
