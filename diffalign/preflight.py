@@ -80,9 +80,9 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
             "leave the section out"
         )
     if family.modality == "text":
-        if objective.rows_from != "data":
+        if objective.source != "data":
             raise ConfigError(
-                f"objective {objective.name!r} trains on sampled images ({objective.rows_from}); family "
+                f"objective {objective.name!r} trains on sampled images ({objective.source}); family "
                 f"{config.model.family!r} works on texts"
             )
         return
