@@ -409,7 +409,7 @@ def build_objective(section):
         ({"name": "simpo"}, r"'simpo' on bound scores: .*mapo"),
         ({"name": "ipo", "beta": 2000}, r"'ipo' on bound scores: .*ipo_scale: unit"),
         ({"name": "ipo", "ipo_scale": "unit"}, r"beta has no default.*2000 to 5000"),
-        ({"name": "grpo"}, r"'grpo' on bound scores: .*likelihood ratio"),
+        ({"name": "grpo"}, r"needs groups; image data sets have pairs; sample groups: set rollout\.rewards"),
         ({"name": "tdpo1"}, r"'tdpo1' on bound scores: .*vocabulary"),
         ({"name": "discopop", "beta": 2000, "tau": 0.05}, r"'discopop' on bound scores"),
         ({"name": "plackett_luce", "beta": 2000}, r"needs lists; image data sets have pairs"),
