@@ -9,10 +9,8 @@ from diffalign.config import RunConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.families import DenoisingFamily
 from diffalign.measure import NetworkCost, measure_decoder
-from diffalign.sampling.rollouts import TRANSITIONS, samples_images, sampling_policy
+from diffalign.sampling.rollouts import DECODED, TRANSITIONS, samples_images, sampling_policy
 from diffalign.summary import images_per_pair
-
-DECODED = 16  # images that a rollout decodes at a time, at most
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,21 @@ def test_noise_of_the_inversion_becomes_part_of_the_target():
     assert (moved - still)[1].std() > 0.1
 
 
+def test_noise_at_grid_levels_is_that_of_the_step_from_the_level_above():
+    """As released: at level s the deviation of the sampler's step from s + 100, at the last one of the table's end."""
+    x0, noise, row = setup(1)
+    own = torch.randn(x0.shape, generator=torch.Generator().manual_seed(7))
+    schedule, t = vp("epsilon"), torch.tensor([50])  # the grid's 1 alone lies below
+    still, _ = Known(schedule, noise, inversion_level="grid").invert(x0, t, row)
+    policy = Known(schedule, noise, inversion_level="grid", inversion_noise=0.5)
+    moved, _ = policy.invert(x0, t, row, noise=own)
+    abar = schedule.alphas.double().square()
+    deviation = ((1 - abar[1]) / (1 - abar[101]) * (1 - abar[101] / abar[1])).sqrt()
+    torch.testing.assert_close((moved - still).std() / own.std(), 0.5 * deviation.float(), rtol=1e-3, atol=1e-5)
+    last = policy.invert(x0, torch.tensor([999]), row, noise=own)[0]
+    assert last.isfinite().all()
+
+
 @pytest.fixture(scope="module")
 def family(tiny_folder):
     found = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))

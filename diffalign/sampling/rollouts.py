@@ -42,7 +42,7 @@ from diffalign.families import DECODER, Conditioning, DenoisingFamily
 from diffalign.losses import Groups, Items, Kind, Layout, Objective, Pairs, Scores
 from diffalign.losses.diffusion.capo import calibrated_rewards, frontiers
 from diffalign.losses.scores import mean_square
-from diffalign.policy import Policy
+from diffalign.policy import Policy, without_dropout
 from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
 from diffalign.sampling import sampling_mode
@@ -62,6 +62,7 @@ from diffalign.schedules import generator_for
 
 log = logging.getLogger(__name__)
 TRANSITIONS = ("trajectories", "candidates", "steps")  # sources of transitions
+DECODED = 16  # images that are decoded at a time, at most
 NOISE_LEVELS = {"ddim": 1.0, "flow_sde": 0.7, "constant_sde": 0.3, "cps": 0.8}  # published
 AnyBatch: TypeAlias = PairBatch | RowBatch | StepBatch
 
@@ -377,7 +378,7 @@ class ImageRollouts:
         if not self.models:
             return torch.zeros(len(latents), 0)
         self.family.load(DECODER)
-        size = min(16, self.config.sampling.batch_size)
+        size = min(DECODED, self.config.sampling.batch_size)
         images = torch.cat([self.family.decode_latents(part) for part in latents.split(size)])
         return torch.stack([rewards.score(model, images, prompts).cpu() for model in self.models], 1)
 
@@ -741,7 +742,7 @@ class ImageRollouts:
         if self.objective.reads_reference():
             assert policy.reference is not None, "a run has a reference"
             ((_, weights),) = policy.reference.parts()
-            with torch.no_grad(), sampling_mode(policy.bare, adapters=True), policy.reference.active(weights):
+            with torch.no_grad(), without_dropout(policy.bare), policy.reference.active(weights):
                 there = step(policy.bare)
                 ref = there[2]
         here = step(policy.network)
@@ -884,7 +885,8 @@ def window_starts(config: RunConfig, grid: Grid, eta: float) -> tuple[int, int]:
 def round_size(config: RunConfig, grid: Grid, eta: float, processes: int) -> RoundSize:
     """How many prompts a round has and how it is cut.
 
-    A micro-batch counts pairs, groups' images, single images or pairs of transitions.
+    A micro-batch counts pairs, groups' images, single images or pairs of transitions; that groups are whole in it is the
+    preflight's business.
 
     Raises:
         ConfigError: a round is no whole number of prompts.
@@ -905,16 +907,11 @@ def round_size(config: RunConfig, grid: Grid, eta: float, processes: int) -> Rou
                 f"(eta {eta})"
             )
         if objective.rows_from == "steps":
-            rows = _whole_groups(batch, rollout.samples_per_prompt)
+            rows = rollout.samples_per_prompt
     elif objective.rows_from == "on_policy":
-        if rollout.guidance_scale != 1:
-            raise ConfigError(
-                f"rollout.guidance_scale: got {rollout.guidance_scale}; {objective.name!r} trains predictions with a prompt "
-                "on targets that the sampler predicted, so it samples without guidance: take 1"
-            )
         per_prompt, what = rollout.steps_per_sample or 1, "rollout.steps_per_sample"
     elif "groups" in layout or ("items" in layout and objective.needs.labels != (1,) and "pairs" not in layout):
-        rows = _whole_groups(batch, rollout.samples_per_prompt)
+        rows = rollout.samples_per_prompt
     entries = batch // rows * training.gradient_accumulation_steps * rollout.steps_per_generation * processes
     if entries % per_prompt:
         raise ConfigError(
@@ -922,17 +919,3 @@ def round_size(config: RunConfig, grid: Grid, eta: float, processes: int) -> Rou
             f"processes) is no multiple of {what} ({per_prompt}); change one of them"
         )
     return RoundSize(per_batch=batch // rows, per_prompt=per_prompt, prompts=entries // per_prompt)
-
-
-def _whole_groups(batch: int, size: int) -> int:
-    """The size of a group.
-
-    Raises:
-        ConfigError: a micro-batch is no whole number of them.
-    """
-    if batch % size:
-        raise ConfigError(
-            f"training.train_batch_size: got {batch}; the images of a group stay together: expected a multiple of "
-            f"rollout.samples_per_prompt {size}"
-        )
-    return size

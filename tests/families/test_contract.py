@@ -400,6 +400,15 @@ def test_latents_have_the_promised_shape_and_the_stock_scale(case: Case) -> None
     assert 0 <= decoded.min() <= decoded.max() <= 1
 
 
+def test_a_parked_decoder_is_not_loaded_again(case: Case) -> None:
+    family = case.open(DECODER)
+    decoder = family.parts["vae"]
+    family.park(DECODER)
+    assert family.parts["vae"] is decoder
+    family.load(DECODER)
+    assert family.parts["vae"] is decoder
+
+
 def test_images_are_decoded_as_by_the_stock_pipeline(case: Case) -> None:
     sampling, noise = SamplingConfig(num_inference_steps=1, guidance_scale=1.0), case.noise()
     expected = case.call_stock(sampling, noise, output_type="pt")

@@ -409,17 +409,45 @@ def test_a_second_pass_keeps_to_the_rule_of_the_first(run: Any, seen: list[Any],
     assert not torch.equal(groups[0].content.noise, groups[1].content.noise)
 
 
+@pytest.mark.parametrize("noise", ["shared", "independent"])
+def test_pairs_of_the_data_have_the_noise_that_is_asked_for(
+    tiny_config: Any, tmp_path: Path, seen: list[Any], noise: str
+) -> None:
+    train(tiny_config(tmp_path / "run", denoising={"noise": noise}, training={"max_train_steps": 1}))
+    _, batch, _ = seen[0]
+    assert (batch.rejected_noise is not None) == (noise == "independent")
+
+
 def test_rewards_of_capo_are_win_rates_within_a_prompt(run: Any, seen: list[Any]) -> None:
     run("run", "capo", settings={"beta": 50.0}, rollout={"samples_per_prompt": 3}, training={"train_batch_size": 3})
-    _, batch, _ = seen[0]
-    win, lose = batch.chosen_reward, batch.rejected_reward
-    # the best of three wins more often than not, the worst less; brightness alone is near one half for both
-    assert ((win > 0.5) & (lose < 0.5)).all()
+    job, batch, _ = seen[0]
+    assert ((batch.chosen_reward > 0.5) & (batch.rejected_reward < 0.5)).all()
+    reward = torch.tensor([0.0, 3.0, 1.0])
+    latents = torch.arange(3.0).view(3, 1)
+    one = Sampled(id="x", prompt=0, trajectory=Trajectory([latents], []), reward=reward, rewards=reward[:, None])
+    made = job.rollouts._pair(one, 0)
+    assert made.latents.flatten().tolist() == [1.0, 0.0]
+    s = torch.sigmoid
+    expected = torch.stack(
+        [(s(torch.tensor(3.0)) + s(torch.tensor(2.0))) / 2, (s(torch.tensor(-3.0)) + s(torch.tensor(-1.0))) / 2]
+    )
+    torch.testing.assert_close(made.rewards[:, 0], expected)
 
 
-def test_a_small_batch_of_the_sampler_splits_a_group(run: Any, seen: list[Any]) -> None:
+def test_a_small_batch_of_the_sampler_splits_a_group(
+    run: Any, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, sizes = rollouts_module.guided, list[int]()
+
+    def guided(policy: Any, network: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        sizes.append(len(x))
+        return original(policy, network, x, *args)
+
+    monkeypatch.setattr(rollouts_module, "guided", guided)
     for size in (1, 64):
         run(f"run{size}", "dpo", settings={"beta": 50.0}, sampling={"batch_size": size})
+        assert max(sizes) == min(size, 12)
+        sizes.clear()
     (_, one, _), _, (_, many, _), _ = seen
     torch.testing.assert_close(one.chosen, many.chosen, rtol=1e-4, atol=1e-4)
 
@@ -481,12 +509,17 @@ def test_what_policy_gradients_on_steps_read_is_nothing_at_first(
         torch.testing.assert_close(out.metrics["kl"], torch.zeros(6), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("objective", ["awm", "dgpo", "crd"])
-def test_online_objectives_on_noised_samples_train(run: Any, seen: list[Any], objective: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "metric", "at_first"),
+    [("awm", "ratio", 1.0), ("dgpo", "group_weight", 0.5), ("crd", "implicit_reward", 0.0)],
+)
+def test_online_objectives_on_noised_samples_start_at_the_policy_that_sampled(
+    run: Any, seen: list[Any], objective: str, metric: str, at_first: float
+) -> None:
     run("run", objective, rollout={"num_iterations": 2})
     job, _, out = seen[0]
     assert job.policy.lagged is not None
-    assert out.per_item.isfinite().all()
+    assert out.metrics[metric].unique().tolist() == [pytest.approx(at_first, abs=1e-6)]
     ups = [p for name, p in job.policy.bare.named_parameters() if "lora_B" in name]
     assert any(bool(p.any()) for p in ups)  # it has learnt something
 
