@@ -9,7 +9,7 @@ from diffalign.config import RunConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.families import DenoisingFamily
 from diffalign.measure import NetworkCost, measure_decoder
-from diffalign.sampling.rollouts import DECODED, TRANSITIONS, samples_images, sampling_policy
+from diffalign.sampling.rules import DECODED, samples_images, sampling_policy
 from diffalign.summary import images_per_pair
 
 
@@ -45,7 +45,7 @@ def branches_of(config: RunConfig, family: DenoisingFamily) -> int:
 
 def images_per_item(config: RunConfig, family: DenoisingFamily) -> int:
     """How many images of what a batch counts go through the network: transitions are scored with the sampler's guidance."""
-    if samples_images(config) and config.objective.rows_from in TRANSITIONS:
+    if samples_images(config) and config.objective.trains_steps:
         each = 1 if config.objective.rows_from == "steps" else images_per_pair(config.objective)
         return each * branches_of(config, family)
     return 1 if single_images(config) else images_per_pair(config.objective)
@@ -65,7 +65,7 @@ def group_of(config: RunConfig) -> int:
 
 def unit_of(config: RunConfig) -> str:
     """What a batch counts."""
-    if samples_images(config) and config.objective.rows_from in TRANSITIONS:
+    if samples_images(config) and config.objective.trains_steps:
         return "steps" if config.objective.rows_from == "steps" else "pairs of steps"
     return "images" if single_images(config) else "pairs"
 
@@ -90,12 +90,12 @@ def plan_sampling(
         return None
     rollout, source = config.rollout, config.objective.rows_from
     steps, trained = rollout.num_inference_steps, rollout.window or rollout.steps_per_sample or 1
-    if source in TRANSITIONS and not (
+    if config.objective.trains_steps and not (
         rollout.window or rollout.steps_per_sample
     ):  # the last step has no density as a rule
         trained = max(1, steps - 1 - rollout.first_step)
     count = 1 if source in ("generated", "on_policy") else rollout.samples_per_prompt
-    per_prompt = group_of(config) * (trained if source in (*TRANSITIONS, "on_policy") else 1)
+    per_prompt = group_of(config) * (trained if config.objective.trains_steps or source == "on_policy" else 1)
     prompts = effective_batch / per_prompt / rollout.num_iterations
     # Candidates branch off one trajectory: their clean images are predicted once more, at the steps that are trained.
     calls = steps + trained * count if source == "candidates" else steps * count

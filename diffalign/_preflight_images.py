@@ -13,7 +13,6 @@ from diffalign.errors import ConfigError
 if TYPE_CHECKING:
     from diffalign.families import DenoisingFamily
 
-TRANSITIONS = ("trajectories", "candidates", "steps")
 FROM_DATA = ("generated", "on_policy")  # chosen images of the data against samples
 TIMES = ("timestep_min", "timestep_max", "timestep_sampling", "logit_mean", "logit_std")
 INVERSION = ("noising", "inversion_steps", "inversion_noise", "inversion_level")
@@ -56,7 +55,7 @@ UNREAD = (
     Unread(
         "denoising",
         (*TIMES, "noise", *INVERSION, *ERRORS, "proportion_empty_prompts"),
-        _source(*TRANSITIONS),
+        lambda config: config.objective.trains_steps,
         "objective {objective!r} trains log-densities of its sampler's own steps and measures no denoising error",
     ),
     Unread(
@@ -86,13 +85,13 @@ UNREAD = (
     Unread(
         "rollout",
         ("steps_per_sample",),
-        _no_source(*TRANSITIONS, "on_policy"),
+        lambda config: not config.objective.trains_steps and config.objective.rows_from != "on_policy",
         "only objectives that train steps or points of a trajectory read it, and {objective!r} trains clean images",
     ),
     Unread(
         "rollout",
         ("first_step",),
-        _no_source(*TRANSITIONS),
+        lambda config: not config.objective.trains_steps,
         "only objectives that train a trajectory's steps read it, such as d3po",
     ),
     Unread(
@@ -178,7 +177,7 @@ def check_round(config: RunConfig) -> None:
             "training.train_batch_size: got 'auto'; a round of sampled images is cut into micro-batches of a known size: "
             "give a number (diffalign plan says what fits)"
         )
-    if objective.rows_from in TRANSITIONS:
+    if objective.trains_steps:
         _check_steps(rollout)
     together = "groups" in needs.layout or (needs.labels != (1,) and "pairs" not in needs.layout)
     if objective.rows_from in ("data", "steps") and together and size % rollout.samples_per_prompt:
@@ -269,7 +268,7 @@ def check_schedule(config: RunConfig, family: DenoisingFamily, processes: int | 
     Raises:
         ConfigError: the first problem found.
     """
-    from diffalign.sampling.rollouts import noise_level, round_size, samples_images
+    from diffalign.sampling.rules import noise_level, round_size, samples_images
     from diffalign.sampling.trajectories import make_grid
 
     schedule, first = family.schedule, config.denoising.timestep_min

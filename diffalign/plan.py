@@ -21,7 +21,7 @@ from diffalign.architecture import Architecture, Download, resolve
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
 from diffalign.measure import EncodeCost, NetworkCost, measure_encoder, measure_network
-from diffalign.sampling.rollouts import kind_of
+from diffalign.sampling.rules import kind_of
 from diffalign.summary import objective_summary
 
 GIB = 2**30

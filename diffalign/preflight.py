@@ -67,7 +67,7 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
         ConfigError: with the reason and the nearest alternative.
     """
     from diffalign.losses import IncompatibleObjective
-    from diffalign.sampling.rollouts import kind_of
+    from diffalign.sampling.rules import kind_of
 
     objective: Objective = config.objective
     try:
@@ -112,7 +112,7 @@ def _check_image_rollout(config: RunConfig) -> None:
         ConfigError: the first problem found.
     """
     from diffalign import rewards
-    from diffalign.sampling.rollouts import samples_images
+    from diffalign.sampling.rules import samples_images
 
     rollout, objective = config.rollout, config.objective
     if not samples_images(config):
@@ -147,7 +147,7 @@ def _check_image_rollout(config: RunConfig) -> None:
         )
     if not from_data and rollout.samples_per_prompt < 2:
         raise ConfigError(f"rollout.samples_per_prompt: got {rollout.samples_per_prompt}; a group has at least 2")
-    if objective.rows_from in ("trajectories", "candidates", "steps") and rollout.eta == 0:
+    if objective.trains_steps and rollout.eta == 0:
         raise ConfigError("rollout.eta: got 0; a deterministic sampler's transitions have no density; take 1")
     if config.reference.scheme in ("mixture", "momentum") and objective.rows_from != "data":
         raise ConfigError(
@@ -314,7 +314,7 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
 def _check_labels(config: RunConfig) -> None:
     """Refuse labels of rewards that the data cannot have, or that nobody would read."""
     from diffalign.data.facts import REWARDS
-    from diffalign.sampling.rollouts import samples_images
+    from diffalign.sampling.rules import samples_images
 
     data = config.data
     if data.label_temperature <= 0:

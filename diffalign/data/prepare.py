@@ -54,7 +54,7 @@ def prepare(config: RunConfig, family: DenoisingFamily, accelerator: Accelerator
 
 def facts_read(config: RunConfig) -> dict[str, str]:
     """Facts that every pair must have, and what reads them; sampled images have what the rollout gives them."""
-    from diffalign.sampling.rollouts import samples_images
+    from diffalign.sampling.rules import samples_images
 
     found: dict[str, str] = {}
     if not samples_images(config):

@@ -27,14 +27,8 @@ from diffalign.preflight import check_schedule
 from diffalign.references import Lagged, Reference
 from diffalign.sampling import Sampler
 from diffalign.sampling.entries import StepBatch
-from diffalign.sampling.rollouts import (
-    AnyBatch,
-    ImageRollouts,
-    has_lagged,
-    kind_of,
-    noise_of,
-    samples_images,
-)
+from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
+from diffalign.sampling.rules import has_lagged, kind_of, noise_of, samples_images
 from diffalign.summary import objective_summary
 
 

@@ -245,6 +245,11 @@ class Objective(ABC):
             return "steps" if missing and not self.required_caps(Kind.STEP) - CAPABILITIES[Kind.STEP] else "data"
         return self.source
 
+    @property
+    def trains_steps(self) -> bool:
+        """Whether an image run gives it transitions of a sampler instead of images."""
+        return self.rows_from in ("trajectories", "candidates", "steps")
+
     def reads_reference(self) -> bool:
         """Whether these settings read the reference; may be more or less than `needs.reference`."""
         return self.needs.reference

@@ -25,8 +25,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,17 +35,17 @@ from torch import Tensor
 
 from diffalign import rewards
 from diffalign.config import RunConfig
-from diffalign.data.batch import PairBatch, PairExample, RowBatch, Rows, collate, mapped
-from diffalign.data.loader import BatchPlan, PairMicroBatches, draw
-from diffalign.errors import ConfigError
+from diffalign.data.batch import mapped
+from diffalign.data.loader import BatchPlan, PairMicroBatches
 from diffalign.families import DECODER, Conditioning, DenoisingFamily
-from diffalign.losses import Groups, Items, Kind, Layout, Objective, Pairs, Scores
+from diffalign.losses import Groups, Layout, Objective, Scores
 from diffalign.losses.diffusion.capo import calibrated_rewards, frontiers
 from diffalign.losses.scores import mean_square
 from diffalign.policy import Policy, without_dropout
 from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
 from diffalign.sampling import sampling_mode
+from diffalign.sampling.batches import AnyBatch, Batches
 from diffalign.sampling.entries import (
     CLASSES,
     Entry,
@@ -57,57 +57,11 @@ from diffalign.sampling.entries import (
     StepRows,
     Transition,
 )
-from diffalign.sampling.trajectories import Grid, Trajectory, log_density, make_grid, next_mean, sample
+from diffalign.sampling.rules import DECODED, candidate_steps, noise_level, round_size, sampling_policy, window_starts
+from diffalign.sampling.trajectories import Trajectory, log_density, make_grid, next_mean, sample
 from diffalign.schedules import generator_for
 
 log = logging.getLogger(__name__)
-TRANSITIONS = ("trajectories", "candidates", "steps")  # sources of transitions
-DECODED = 16  # images that are decoded at a time, at most
-NOISE_LEVELS = {"ddim": 1.0, "flow_sde": 0.7, "constant_sde": 0.3, "cps": 0.8}  # published
-AnyBatch: TypeAlias = PairBatch | RowBatch | StepBatch
-
-
-def samples_images(config: RunConfig) -> bool:
-    """Whether an image run trains on images that it samples."""
-    objective: Objective = config.objective
-    return objective.rows_from != "data" or bool(config.rollout.rewards)
-
-
-def noise_of(config: RunConfig) -> str:
-    """Whether the images of a pair or group share their timestep and noise."""
-    return config.denoising.noise or str(config.objective.noise)
-
-
-def sampling_policy(config: RunConfig) -> str:
-    """Who samples: "policy", "reference" or "lagged"."""
-    return config.rollout.policy or str(config.objective.sampled_by)
-
-
-def has_lagged(config: RunConfig) -> bool:
-    """Whether a run keeps a lagged copy of the policy: it samples, or the objective compares with it."""
-    objective: Objective = config.objective
-    compares = objective.needs.old and objective.rows_from not in TRANSITIONS
-    return samples_images(config) and (compares or sampling_policy(config) == "lagged")
-
-
-def kind_of(objective: Objective) -> Kind:
-    """The kind of score that an image run gives an objective."""
-    return Kind.STEP if objective.rows_from in TRANSITIONS else Kind.BOUND
-
-
-@dataclass(frozen=True)
-class RoundSize:
-    """How a round is cut.
-
-    Attributes:
-        per_batch: entries of a micro-batch.
-        per_prompt: entries that come of one prompt (or data pair).
-        prompts: of a round, over all processes.
-    """
-
-    per_batch: int
-    per_prompt: int
-    prompts: int
 
 
 class ImageRollouts:
@@ -148,11 +102,21 @@ class ImageRollouts:
         self.objective: Objective = config.objective
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
-        self.independent = noise_of(config) == "independent"
         self.pairing = config.rollout.pairing or self.objective.pairing
         self.eta = noise_level(config)
         self.grid = make_grid(
             family, family.stock_scheduler(), self.rollout.num_inference_steps, latent_shape, self.rollout.kernel
+        )
+        self.batches = Batches(
+            config,
+            family,
+            self.grid,
+            text=text,
+            negative=negative,
+            latent_shape=latent_shape,
+            image=image,
+            winners=winners,
+            kept=kept,
         )
         self.size = round_size(config, self.grid, self.eta, accelerator.num_processes)
         total = len(self.kept) if self.from_data else len(prompts)
@@ -184,7 +148,7 @@ class ImageRollouts:
             iteration, place = divmod(place, self.rollout.steps_per_generation)
             for batch in range(place * per_step, (place + 1) * per_step):
                 entries = self._round[1][batch * size : (batch + 1) * size]
-                yield self._batch(entries, number, iteration).to(self.accelerator.device)
+                yield self.batches.make(entries, number, iteration).to(self.accelerator.device)
 
     # -- a round -----------------------------------------------------------------------------------------------------
 
@@ -198,7 +162,7 @@ class ImageRollouts:
             f"rollout {index}/{sum(i == index for i, _ in prompts[:place])}"  # one that comes twice is sampled anew
             for place, (index, _) in enumerate(prompts)
         ]
-        together = self.size.per_prompt > 1 or self.objective.rows_from in TRANSITIONS
+        together = self.size.per_prompt > 1 or self.objective.trains_steps
         mine = list(range(rank, len(prompts), world)) if together else self._own(len(prompts))
         made = self._sampled([prompts[i] for i in mine], [names[i] for i in mine], number)
         if self.family.device.type != "cpu":
@@ -291,20 +255,14 @@ class ImageRollouts:
         device, scale = self.accelerator.device, self.rollout.guidance_scale
         here = {name: value.to(device) for name, value in conditioning.items()}
         count = len(next(iter(here.values())))
-        empty = {name: value.to(device).expand(count, *value.shape[1:]) for name, value in self._without().items()}
+        empty = {
+            name: value.to(device).expand(count, *value.shape[1:]) for name, value in self.batches.without().items()
+        }
 
         def call(x: Tensor, times: Tensor) -> Tensor:
             return guided(self.policy, self.policy.bare, x, times, here, empty, scale)
 
         return call
-
-    def _without(self) -> Conditioning:
-        return self.negative | {name: value[None] for name, value in self.image.items()}
-
-    def conditioning(self, texts: Sequence[Conditioning]) -> Conditioning:
-        """Text and image conditioning of samples, on the CPU, with a batch axis."""
-        text = {name: torch.stack([one[name] for one in texts]) for name in texts[0]}
-        return text | {name: value.expand(len(texts), *value.shape) for name, value in self.image.items()}
 
     def _noise(self, name: str, number: int) -> Tensor:
         return torch.randn(self.latent_shape, generator=generator_for(self.config.seed, name, number))
@@ -339,7 +297,7 @@ class ImageRollouts:
                 part = rows[start : start + self.config.sampling.batch_size]
                 noise = torch.stack([self._noise(f"{names[i]}/{0 if shared else k}", number) for i, k in part])
                 made = sample(
-                    self.predict(self.conditioning([texts[i] for i, _ in part])),
+                    self.predict(self.batches.conditioning([texts[i] for i, _ in part])),
                     self.grid,
                     noise.to(self.accelerator.device),
                     self.eta,
@@ -423,7 +381,7 @@ class ImageRollouts:
     def _losers(self, prompts: Sequence[tuple[int, int]], names: Sequence[str], number: int) -> list[list[Entry]]:
         """Samples, or points on the way to them, of the prompts of data pairs."""
         # A winner whose prompt was dropped is compared with a sample without a prompt.
-        examples = [self._winner(place, visit) for place, visit in prompts]
+        examples = [self.batches.winner(place, visit) for place, visit in prompts]
         made = self.sample([i for i, _ in prompts], names, 1, number, [example.text for example in examples])
         found: list[list[Entry]] = []
         for (place, visit), one in zip(prompts, made, strict=True):
@@ -443,10 +401,6 @@ class ImageRollouts:
                 entries.append(loser)
             found.append(entries)
         return found
-
-    def _winner(self, place: int, visit: int) -> PairExample:
-        assert self.winners is not None, "objectives of these sources have data"
-        return self.winners.example(self.kept[place], visit)
 
     def _transitions(self, one: Sampled, number: int) -> list[Entry]:
         """Transitions of the best and the worst trajectory of a prompt."""
@@ -515,7 +469,7 @@ class ImageRollouts:
         found: list[list[Entry]] = [[] for _ in chosen]
         wanted = [set(self._some(name, number)) for name in names]
         texts = [self.text(index) for index in chosen]
-        predict = self.predict(self.conditioning(texts))
+        predict = self.predict(self.batches.conditioning(texts))
         many = [text for text in texts for _ in range(count)]
         captions = [self.prompts[index] for index in chosen for _ in range(count)]
         x = torch.stack([self._noise(f"{name}/0", number) for name in names]).to(device)
@@ -566,162 +520,10 @@ class ImageRollouts:
             part = x[start : start + size]
             ones = torch.ones(len(part), device=part.device)
             times = self.grid.times[step].to(part.device).expand(len(part))
-            output = self.predict(self.conditioning(texts[start : start + size]))(part, times)
+            output = self.predict(self.batches.conditioning(texts[start : start + size]))(part, times)
             alpha, sigma = float(self.grid.alphas[step]) * ones, float(self.grid.sigmas[step]) * ones
             found.append(convert(output, part, alpha, sigma, self.grid.prediction_type, "sample"))
         return torch.cat(found)
-
-    # -- from entries to micro-batches -------------------------------------------------------------------------------
-
-    def _batch(self, entries: Sequence[Entry], number: int, iteration: int) -> AnyBatch:
-        """Entries with conditioning, timesteps and noise, on the CPU; every pass over a round draws its own noise."""
-        first = entries[0]
-        if isinstance(first, Transition):
-            return self._step_batch([e for e in entries if isinstance(e, Transition)])
-        if isinstance(first, StepRows):
-            return self._group_steps([e for e in entries if isinstance(e, StepRows)])
-        if isinstance(first, SampledRows):
-            return self._row_batch([e for e in entries if isinstance(e, SampledRows)], number, iteration)
-        examples = []
-        for entry in entries:
-            if isinstance(entry, SampledPair):
-                examples.append(self._pair_example(entry, number, iteration))
-            elif isinstance(entry, SampledLoser):
-                examples.append(self._against_winner(entry, number, iteration))
-        return collate(examples)
-
-    def _draw(self, name: str, number: int, iteration: int) -> tuple[int, Tensor]:
-        """Timestep and noise of a row in a pass over the round."""
-        schedule = self.family.schedule
-        again = f" again {iteration}" if iteration else ""
-        generator = generator_for(self.config.seed, f"{name}{again} noise", number)
-        of_sampler = (self.config.denoising.timestep_sampling or self.objective.timesteps) == "sampler"
-        sampling = None if of_sampler else self.config.denoising.timestep_sampling
-        denoising = replace(self.config.denoising, proportion_empty_prompts=0.0, timestep_sampling=sampling)
-        t, noise, _ = draw(
-            denoising, generator, self.latent_shape, schedule.num_timesteps, self.family.timestep_sampling
-        )
-        if of_sampler:  # every level but the last, once before any comes again
-            count = max(1, len(self.grid) - 1)
-            order = torch.randperm(count, generator=generator_for(self.config.seed, f"{name} levels", number))
-            t = int(self.grid.timesteps[order[iteration % count]])
-        return t, noise
-
-    def _pair_noise(self, name: str, number: int, iteration: int) -> dict[str, Any]:
-        """Timestep and noise of a pair, or of both of its images."""
-        t, noise = self._draw(name, number, iteration)
-        if not self.independent:
-            return {"t": t, "noise": noise}
-        rejected_t, rejected_noise = self._draw(f"{name} rejected", number, iteration)
-        return {"t": t, "noise": noise, "rejected_t": rejected_t, "rejected_noise": rejected_noise}
-
-    def _pair_example(self, entry: SampledPair, number: int, iteration: int) -> PairExample:
-        return PairExample(
-            id=f"{entry.id}/{number}",
-            chosen=entry.latents[0],
-            rejected=entry.latents[1],
-            text=self.text(entry.prompt),
-            chosen_image=dict(self.image),
-            rejected_image=dict(self.image),
-            p=entry.p,
-            weight=entry.weight,
-            chosen_reward=entry.rewards[0],
-            rejected_reward=entry.rewards[1],
-            **self._pair_noise(entry.id, number, iteration),
-        )
-
-    def _against_winner(self, entry: SampledLoser, number: int, iteration: int) -> PairExample:
-        """The chosen image of a data pair against a sample; on a first pass with the noise that the data give it."""
-        example = replace(
-            self._winner(entry.place, entry.visit),
-            rejected=entry.latents,
-            rejected_image=dict(self.image),
-            rejected_text=None,
-            p=1.0,
-        )
-        if entry.step is None:
-            return replace(example, **self._pair_noise(entry.id, number, iteration)) if iteration else example
-        _, fresh = self._draw(entry.id, number, iteration)
-        return replace(
-            example,
-            id=f"{example.id}/{entry.id.rpartition(' ')[2]}",
-            t=int(self.grid.timesteps[entry.step]),
-            noise=fresh,
-            rejected_x_t=entry.x_t,
-            rejected_target=entry.target,
-        )
-
-    def _row_batch(self, entries: list[SampledRows], number: int, iteration: int) -> RowBatch:
-        """Rows of several prompts; their groups are numbered."""
-        ids = tuple(f"{e.id}/{k}" for e in entries for k in e.numbers)
-        groups = "groups" in self.objective.needs.layout
-        shared = groups and not self.independent  # all of a group at one timestep and noise
-        drawn = [self._draw(f"{name.rpartition('/')[0]}/0" if shared else name, number, iteration) for name in ids]
-        content = Rows(
-            x0=torch.cat([e.latents for e in entries]),
-            noise=torch.stack([noise for _, noise in drawn]),
-            t=torch.tensor([t for t, _ in drawn]),
-            conditioning=self.conditioning([self.text(e.prompt) for e in entries for _ in e.numbers]),
-        )
-        index = torch.arange(len(ids))
-        if groups:
-            sizes = torch.tensor([len(e.numbers) for e in entries])
-            group = torch.arange(len(entries)).repeat_interleave(sizes)
-            reward = torch.cat([e.rewards for e in entries])
-            parts = [e.advantage for e in entries if e.advantage is not None]
-            advantage = torch.cat(parts) if parts else None
-            layout = Layout(groups=Groups(index=index, group=group, reward=reward, advantage=advantage))
-        else:
-            label, reward = torch.cat([e.label for e in entries]), torch.cat([e.reward for e in entries])
-            layout = Layout(items=Items(index=index, label=label, target=reward))
-        return RowBatch(ids=ids, content=content, layout=layout)
-
-    def _step_batch(self, entries: list[Transition]) -> StepBatch:
-        """Pairs of transitions, chosen rows first."""
-        pairs = Pairs.halves(
-            len(entries),
-            p=torch.tensor([e.p for e in entries]),
-            weight=torch.tensor([e.weight for e in entries]),
-            reward_w=torch.stack([e.rewards[0] for e in entries]),
-            reward_l=torch.stack([e.rewards[1] for e in entries]),
-        )
-        rows = [*entries, *entries]
-        steps = torch.tensor([e.step for e in rows])
-        return StepBatch(
-            ids=tuple(e.id for e in entries),
-            x=torch.cat([torch.stack([e.x[side] for e in entries]) for side in (0, 1)]),
-            x_next=torch.cat([torch.stack([e.x_next[side] for e in entries]) for side in (0, 1)]),
-            step=steps,
-            t=self.grid.timesteps[steps],
-            conditioning=self.conditioning([self.text(e.prompt) for e in rows]),
-            negative={name: v.expand(len(rows), *v.shape[1:]).clone() for name, v in self._without().items()},
-            layout=Layout(pairs=pairs),
-        )
-
-    def _group_steps(self, entries: list[StepRows]) -> StepBatch:
-        """Transitions of groups."""
-        sizes = torch.tensor([len(e.old) for e in entries])
-        steps = torch.tensor([e.step for e in entries]).repeat_interleave(sizes)
-        parts = [e.advantage for e in entries if e.advantage is not None]
-        count = int(sizes.sum())
-        groups = Groups(
-            index=torch.arange(count),
-            group=torch.arange(len(entries)).repeat_interleave(sizes),
-            reward=torch.cat([e.rewards for e in entries]),
-            advantage=torch.cat(parts) if parts else None,
-        )
-        return StepBatch(
-            ids=tuple(f"{e.id}/{k}" for e in entries for k in range(len(e.old))),
-            x=torch.cat([e.x for e in entries]),
-            x_next=torch.cat([e.x_next for e in entries]),
-            step=steps,
-            t=self.grid.timesteps[steps],
-            conditioning=self.conditioning([self.text(e.prompt) for e in entries for _ in e.old]),
-            negative={name: v.expand(count, *v.shape[1:]).clone() for name, v in self._without().items()},
-            layout=Layout(groups=groups),
-            old=torch.cat([e.old for e in entries]),
-            mean=None if entries[0].mean is None else torch.cat([e.mean for e in entries if e.mean is not None]),
-        )
 
     def scores(self, batch: StepBatch) -> tuple[Scores, Layout]:
         """Mean log-densities of stored transitions under policy and reference, and the pairs or groups.
@@ -849,73 +651,3 @@ def guided(
         output = family.predict(network, torch.cat([x, x]).to(family.dtype), torch.cat([times, times]), both).float()
     with_prompt, without = output.chunk(2)
     return without + scale * (with_prompt - without)
-
-
-def candidate_steps(config: RunConfig, grid: Grid, eta: float) -> list[int]:
-    """Steps of the grid that have a density and are not before `rollout.first_step`."""
-    return [step for step in grid.random_steps(eta) if step >= config.rollout.first_step]
-
-
-def noise_level(config: RunConfig) -> float:
-    """eta: as set, or as published for transitions, or 0."""
-    if config.rollout.eta is not None:
-        return config.rollout.eta
-    return NOISE_LEVELS[config.rollout.kernel] if config.objective.rows_from in TRANSITIONS else 0.0
-
-
-def window_starts(config: RunConfig, grid: Grid, eta: float) -> tuple[int, int]:
-    """First and last step at which a window of stochastic steps may begin.
-
-    Raises:
-        ConfigError: the window does not fit into the steps that have a density.
-    """
-    rollout, steps = config.rollout, candidate_steps(config, grid, eta)
-    assert rollout.window is not None, "asked where there is one"
-    first, last = (rollout.window_range[0], rollout.window_range[1]) if rollout.window_range else (0, len(grid) // 2)
-    if not rollout.window_range:
-        last = max(0, min(last, len(steps) - rollout.window))
-    if not set(range(first, last + rollout.window)) <= set(steps):
-        raise ConfigError(
-            f"rollout.window: {rollout.window} steps that start at {first} to {last} do not fit; of {len(grid)} sampler "
-            f"steps these have a density: {', '.join(map(str, steps)) or 'none'}"
-        )
-    return first, last
-
-
-def round_size(config: RunConfig, grid: Grid, eta: float, processes: int) -> RoundSize:
-    """How many prompts a round has and how it is cut.
-
-    A micro-batch counts pairs, groups' images, single images or pairs of transitions; that groups are whole in it is the
-    preflight's business.
-
-    Raises:
-        ConfigError: a round is no whole number of prompts.
-    """
-    training, rollout, objective = config.training, config.rollout, config.objective
-    assert training.train_batch_size != "auto", "resolved before"
-    batch, layout = training.train_batch_size, objective.needs.layout
-    rows, per_prompt, what = 1, 1, ""
-    if objective.rows_from in TRANSITIONS:
-        possible = len(candidate_steps(config, grid, eta))
-        if rollout.window is not None:
-            window_starts(config, grid, eta)
-        per_prompt = rollout.window or rollout.steps_per_sample or possible
-        what = f"{per_prompt} trained steps of a trajectory"
-        if not 1 <= per_prompt <= possible:
-            raise ConfigError(
-                f"rollout.steps_per_sample: got {per_prompt}; {possible} of {len(grid)} sampler steps have a density "
-                f"(eta {eta})"
-            )
-        if objective.rows_from == "steps":
-            rows = rollout.samples_per_prompt
-    elif objective.rows_from == "on_policy":
-        per_prompt, what = rollout.steps_per_sample or 1, "rollout.steps_per_sample"
-    elif "groups" in layout or ("items" in layout and objective.needs.labels != (1,) and "pairs" not in layout):
-        rows = rollout.samples_per_prompt
-    entries = batch // rows * training.gradient_accumulation_steps * rollout.steps_per_generation * processes
-    if entries % per_prompt:
-        raise ConfigError(
-            f"rollout: a round of {entries} (train_batch_size x gradient_accumulation_steps x steps_per_generation x "
-            f"processes) is no multiple of {what} ({per_prompt}); change one of them"
-        )
-    return RoundSize(per_batch=batch // rows, per_prompt=per_prompt, prompts=entries // per_prompt)
