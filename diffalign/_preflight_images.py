@@ -98,7 +98,7 @@ UNREAD = (
         "rollout",
         ("old_decay",),
         lambda config: (
-            (config.rollout.policy or config.objective.sampled_by) != "lagged" and not config.objective.needs.old
+            (config.rollout.policy or config.objective.sampling.policy) != "lagged" and not config.objective.needs.old
         ),
         "only runs with a lagged copy of the policy read it: rollout.policy: lagged, or objective diffusion_nft",
     ),

@@ -93,7 +93,7 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
             + ("; sample groups: set rollout.rewards and rollout.prompts" if "groups" in wanted else "")
             + ". See `diffalign list objectives`"
         )
-    if objective.whole_trajectories:
+    if objective.sampling.whole_trajectories:
         raise ConfigError(
             f"objective {objective.name!r} reads trajectories with all their steps; runs hand out single steps, so it works "
             f"as a library only; {objective.instead}"
@@ -195,6 +195,7 @@ def _facts(config: RunConfig) -> frozenset[str]:
     return reader.facts
 
 
+_ROLLOUT_OF_TEXTS = ("samples_per_prompt", "steps_per_generation", "num_iterations", "rewards", "reward_weights")
 # Keys that only one modality reads: set for the other, they would silently do nothing.
 _ONLY: dict[str, tuple[str, ...]] = {
     "image": (
@@ -219,22 +220,9 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "lora.gate",
         "lora.gate_features",
         *(
-            f"rollout.{name}"
-            for name in (
-                "prompts",
-                "num_prompts",
-                "policy",
-                "num_inference_steps",
-                "guidance_scale",
-                "eta",
-                "shared_start",
-                "steps_per_sample",
-                "first_step",
-                "reward_scale",
-                "keep_threshold",
-                "select",
-                "select_temperature",
-            )
+            f"rollout.{field.name}"
+            for field in dataclasses.fields(RolloutConfig)
+            if field.name not in _ROLLOUT_OF_TEXTS
         ),
     ),
     "text": (

@@ -457,6 +457,20 @@ def test_online_steps_are_whole_groups(run: Runs, place: Path) -> None:
         run("weights", **online(place, reward_weights=[1.0, 2.0]))
 
 
+@pytest.mark.parametrize("setting", ["kernel", "window", "pairing", "old_decay", "policy", "select"])
+def test_rollout_settings_of_images_are_refused_on_texts(setting: str, run: Runs, place: Path) -> None:
+    value = {
+        "kernel": "cps",
+        "window": 2,
+        "pairing": "sum",
+        "old_decay": 0.5,
+        "policy": "lagged",
+        "select": "bradley_terry",
+    }
+    with pytest.raises(ConfigError, match=rf"rollout\.{setting}: has no effect on family 'causal_lm'"):
+        run("wrong", **online(place, **{setting: value[setting]}))
+
+
 def test_what_compares_answers_needs_them_in_one_micro_batch(run: Runs, place: Path) -> None:
     cut = {"training__train_batch_size": 2, "training__gradient_accumulation_steps": 4}
     with pytest.raises(ConfigError, match=r"got 2; objective 'rebel' .* a multiple of rollout.samples_per_prompt 4"):

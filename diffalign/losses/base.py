@@ -110,6 +110,27 @@ def needs(*layout: str, caps: tuple[Cap, ...] = (Cap.DIFFERENCE,), **more: Any) 
     return Needs(layout=layout or ("pairs",), caps=frozenset(caps), **more)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What an objective asks of the images that a run samples for it, as it was published; a config may say otherwise.
+
+    Attributes:
+        policy: who samples; see `rollout.policy`.
+        timesteps: at which images are noised again: "family", as its models were trained, or the "sampler"'s levels.
+        shared_start: the trajectories of a prompt start from the same noise.
+        pairing: how two images make a pair where there are several rewards; see `rollout.pairing`.
+        win_rates: rewards are read as win rates among the samples of a prompt.
+        whole_trajectories: a row is a trajectory with all its steps; runs hand out single transitions.
+    """
+
+    policy: Literal["policy", "reference", "lagged"] = "policy"
+    timesteps: Literal["family", "sampler"] = "family"
+    shared_start: bool = True
+    pairing: Literal["sum", "dominance"] = "sum"
+    win_rates: bool = False
+    whole_trajectories: bool = False
+
+
 @dataclass(frozen=True)
 class LossOut:
     """What an objective returns.
@@ -177,12 +198,7 @@ class Objective(ABC):
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
             latents drawn from one latent. "steps": transitions of all samples of a prompt, with the log-densities under the
             policy that sampled them.
-        whole_trajectories: whether a row is a trajectory with all its steps; runs hand out single transitions.
-        sampled_by: who samples images unless a config says otherwise; see `rollout.policy`.
-        timesteps: of sampled images that are noised again: "family", as its models were trained, or the "sampler"'s levels.
-        shared_start: whether the trajectories of a prompt start from the same noise.
-        pairing: how two sampled images make a pair where there are several rewards; see `rollout.pairing`.
-        win_rates: whether it reads rewards as win rates among the samples of a prompt, which a rollout then makes of them.
+        sampling: what it asks of images that are sampled for it.
     """
 
     name: ClassVar[str]
@@ -199,12 +215,7 @@ class Objective(ABC):
     noise: ClassVar[Literal["shared", "independent"]] = "shared"
     noising: ClassVar[Literal["forward", "ddim_inversion", "renoise_inversion"]] = "forward"
     source: ClassVar[Source] = "data"
-    whole_trajectories: ClassVar[bool] = False
-    sampled_by: ClassVar[Literal["policy", "reference", "lagged"]] = "policy"
-    timesteps: ClassVar[Literal["family", "sampler"]] = "family"
-    shared_start: ClassVar[bool] = True
-    pairing: ClassVar[Literal["sum", "dominance"]] = "sum"
-    win_rates: ClassVar[bool] = False
+    sampling: ClassVar[Sampling] = Sampling()
 
     def check(self, kind: Kind) -> None:
         """Refuse a kind of score on which this objective, with these settings, means nothing.

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from diffalign import losses as core
 from diffalign.losses import anchored, pairwise, reduce, vocabulary
-from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, Objective, TokenStatistic, detached, needs
+from diffalign.losses.base import (
+    AnyLayout,
+    BetaObjective,
+    LossOut,
+    Needs,
+    Objective,
+    Sampling,
+    TokenStatistic,
+    detached,
+    needs,
+)
 from diffalign.losses.layouts import Layout
 from diffalign.losses.scores import Cap, Kind, Scores
 from diffalign.losses.transforms import Divergence, f_score
@@ -86,8 +96,9 @@ def adopt(owner: Objective, parts: Collection[Objective]) -> None:
     for noise, noising, source in ways:
         for attribute, value in (("noise", noise), ("noising", noising), ("source", source)):
             object.__setattr__(owner, attribute, value)
-    if parts:  # whatever a sampled pair is made for, its parts read the same one
-        object.__setattr__(owner, "win_rates", any(part.win_rates for part in parts))
+    # All parts read the same sampled images: those of the first part that asks for something.
+    asks = [part.sampling for part in parts if part.sampling != Sampling()]
+    object.__setattr__(owner, "sampling", asks[0] if asks else Sampling())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ class Batches:
         schedule = self.family.schedule
         again = f" again {iteration}" if iteration else ""
         generator = generator_for(self.config.seed, f"{name}{again} noise", number)
-        of_sampler = (self.config.denoising.timestep_sampling or self.objective.timesteps) == "sampler"
+        of_sampler = (self.config.denoising.timestep_sampling or self.objective.sampling.timesteps) == "sampler"
         sampling = None if of_sampler else self.config.denoising.timestep_sampling
         denoising = replace(self.config.denoising, proportion_empty_prompts=0.0, timestep_sampling=sampling)
         t, noise, _ = draw(

@@ -102,7 +102,7 @@ class ImageRollouts:
         self.objective: Objective = config.objective
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
-        self.pairing = config.rollout.pairing or self.objective.pairing
+        self.pairing = config.rollout.pairing or self.objective.sampling.pairing
         self.eta = noise_level(config)
         self.grid = make_grid(
             family, family.stock_scheduler(), self.rollout.num_inference_steps, latent_shape, self.rollout.kernel
@@ -285,7 +285,9 @@ class ImageRollouts:
             texts: conditioning of each, without a batch axis; None: that of the prompts.
         """
         texts = [self.text(index) for index in chosen] if texts is None else texts
-        shared = self.objective.shared_start if self.rollout.shared_start is None else self.rollout.shared_start
+        shared = (
+            self.objective.sampling.shared_start if self.rollout.shared_start is None else self.rollout.shared_start
+        )
         source = self.objective.rows_from
         shared = shared and source in ("trajectories", "steps")
         windows = [set(self._window(name, number)) for name in names] if self.rollout.window else []
@@ -346,7 +348,7 @@ class ImageRollouts:
         """The best against the worst; without contrast with weight 0, so that batches keep their size."""
         best, worst, tie = one.best_and_worst(self.pairing)
         given = one.rewards
-        if self.objective.win_rates and not tie:
+        if self.objective.sampling.win_rates and not tie:
             given = calibrated_rewards(given, torch.zeros(len(given), dtype=torch.int64))
             best, worst = self._from_frontiers(given, best, worst, one.id, number)
         return SampledPair(

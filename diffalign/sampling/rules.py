@@ -26,7 +26,7 @@ def noise_of(config: RunConfig) -> str:
 
 def sampling_policy(config: RunConfig) -> str:
     """Who samples: "policy", "reference" or "lagged"."""
-    return config.rollout.policy or str(config.objective.sampled_by)
+    return config.rollout.policy or str(config.objective.sampling.policy)
 
 
 def has_lagged(config: RunConfig) -> bool:

@@ -233,7 +233,19 @@ def test_where_rows_come_from_and_how_they_are_noised():
         "awm": ("independent", "forward", "data"),
         "crd": ("independent", "forward", "data"),
     }
-    assert {cls.name for cls in MINE if cls.timesteps == "sampler"} == {"diffusion_nft", "awm", "dgpo", "crd"}
+    assert {cls.name for cls in MINE if cls.sampling.timesteps == "sampler"} == {"diffusion_nft", "awm", "dgpo", "crd"}
+
+
+def test_what_they_ask_of_sampled_images():
+    asked = {cls.name: cls.sampling for cls in MINE}
+    assert {name for name, s in asked.items() if s.policy == "lagged"} == {"diffusion_nft", "crd"}
+    assert {name for name, s in asked.items() if s.policy == "reference"} == {"seppo"}
+    assert {name for name, s in asked.items() if not s.shared_start} == {"pso"}
+    assert {name for name, s in asked.items() if s.pairing == "dominance"} == {"d3po"}
+    assert {name for name, s in asked.items() if s.win_rates} == {"capo"}
+    assert {name for name, s in asked.items() if s.whole_trajectories} == {"prdp"}
+    assert SDPO(base="capo", beta=1.0).sampling.win_rates
+    assert not SDPO().sampling.win_rates
 
 
 def test_methods_without_public_code_are_experimental():

@@ -33,7 +33,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from diffalign.losses.advantages import Scale
-from diffalign.losses.base import AnyLayout, LossOut, Needs, detached, needs
+from diffalign.losses.base import AnyLayout, LossOut, Needs, Sampling, detached, needs
 from diffalign.losses.diffusion._common import one_of, positive
 from diffalign.losses.diffusion._online import Noised, ask
 from diffalign.losses.group_objective import group_metrics
@@ -81,7 +81,7 @@ class AWM(Noised):
     parity: ClassVar[str] = "scxue/advantage_weighted_matching scripts/train_sd3_awm.py (formula)"
     instead: ClassVar[str] = "use 'grpo' on texts, 'flow_grpo' on stored transitions"
     noise: ClassVar[Literal["shared", "independent"]] = "independent"
-    timesteps: ClassVar[Literal["family", "sampler"]] = "sampler"
+    sampling: ClassVar[Sampling] = Sampling(timesteps="sampler")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, detached, needs
+from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, Sampling, detached, needs
 from diffalign.losses.diffusion._common import Directed, label_direction, one_of
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.pairwise import pair_metrics
@@ -97,7 +97,7 @@ class CaPO(Directed, BetaObjective):
     composition: ClassVar[str] = "w_t difference of errors -> beta (w - l) -> square at the calibrated margin"
     needs: ClassVar[Needs] = needs("pairs", caps=(Cap.DIFFERENCE, Cap.ERROR), log_snr=True)
     default_beta: ClassVar[Mapping[Kind, float]] = {}
-    win_rates: ClassVar[bool] = True
+    sampling: ClassVar[Sampling] = Sampling(win_rates=True)
     status: ClassVar[Literal["stable", "experimental"]] = "experimental"
     unknown: ClassVar[str] = (
         "no training code is public; beta, the bias of the weight of timesteps, and whether a pair shares its noise"

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from diffalign.losses.advantages import Scale, group_ids, group_sums
-from diffalign.losses.base import AnyLayout, LossOut, Needs, detached, needs
+from diffalign.losses.base import AnyLayout, LossOut, Needs, Sampling, detached, needs
 from diffalign.losses.diffusion._common import one_of, positive
 from diffalign.losses.diffusion._online import Noised
 from diffalign.losses.diffusion.nft import FLOOR, optimality
@@ -86,7 +86,7 @@ class CRD(Noised):
     paper: ClassVar[str] = "2603.14128"
     composition: ClassVar[str] = "error of the lagged policy - error -> centred -> square at the centred optimality"
     needs: ClassVar[Needs] = needs("groups", caps=(Cap.RESIDUAL,), reference=False, old=True)
-    sampled_by: ClassVar[Literal["policy", "reference", "lagged"]] = "lagged"
+    sampling: ClassVar[Sampling] = Sampling(policy="lagged", timesteps="sampler")
     parity: ClassVar[str] = "X-GenGroup/Flow-Factory trainers/crd.py (formula)"
     status: ClassVar[Literal["stable", "experimental"]] = "experimental"
     unknown: ClassVar[str] = (
@@ -94,7 +94,6 @@ class CRD(Noised):
     )
     instead: ClassVar[str] = "use 'rebel' on texts and on stored transitions"
     noise: ClassVar[Literal["shared", "independent"]] = "independent"
-    timesteps: ClassVar[Literal["family", "sampler"]] = "sampler"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from diffalign.losses import links
-from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, Source, as_rows, detached, needs
+from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, Sampling, Source, as_rows, detached, needs
 from diffalign.losses.diffusion._common import Refusing, one_of
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.pairwise import pair_metrics
@@ -109,4 +109,4 @@ class D3PO(ClippedPair):
     composition: ClassVar[str] = "log-ratio of a transition, clipped -> beta (w - l) -> logistic"
     parity: ClassVar[str] = "yk7333/d3po scripts/train.py (formula)"
     default_beta: ClassVar[Mapping[Kind, float]] = {Kind.STEP: 0.1}
-    pairing: ClassVar[Literal["sum", "dominance"]] = "dominance"
+    sampling: ClassVar[Sampling] = Sampling(pairing="dominance")

@@ -30,13 +30,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from diffalign.losses.advantages import group_ids, group_sums
-from diffalign.losses.base import AnyLayout, LossOut, Needs, detached, needs
+from diffalign.losses.base import AnyLayout, LossOut, Needs, Sampling, detached, needs
 from diffalign.losses.diffusion._common import positive
 from diffalign.losses.diffusion._online import Noised, ask
 from diffalign.losses.group_objective import group_metrics
@@ -71,7 +71,7 @@ class DGPO(Noised):
     needs: ClassVar[Needs] = needs("groups", caps=(Cap.RESIDUAL,), old=True)
     parity: ClassVar[str] = "Luo-Yihong/DGPO scripts/train_sd3_dgpo.py (formula)"
     instead: ClassVar[str] = "use 'grpo' on texts, 'flow_grpo' on stored transitions"
-    timesteps: ClassVar[Literal["family", "sampler"]] = "sampler"
+    sampling: ClassVar[Sampling] = Sampling(timesteps="sampler")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,14 +29,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from diffalign.losses.advantages import Scale
-from diffalign.losses.base import AnyLayout, LossOut, Needs, detached, needs
+from diffalign.losses.base import AnyLayout, LossOut, Needs, Sampling, detached, needs
 from diffalign.losses.diffusion._common import one_of, positive
-from diffalign.losses.group_objective import GroupObjective, group_metrics
+from diffalign.losses.diffusion._online import Noised
+from diffalign.losses.group_objective import group_metrics
 from diffalign.losses.layouts import Layout
 from diffalign.losses.scores import Cap, Scores, mean_square
 
@@ -49,7 +50,7 @@ def optimality(advantage: Tensor, clip: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionNFT(GroupObjective):
+class DiffusionNFT(Noised):
     """DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117; official code NVlabs/DiffusionNFT).
 
     r L+ + (1 - r) L-, errors of the clean latents that predictions on both sides of the lagged policy imply, divided by
@@ -58,7 +59,6 @@ class DiffusionNFT(GroupObjective):
     Attributes:
         beta: of the mean squared distance to the reference's prediction; 1e-4 (code; the paper has none).
         nft_beta: b, how far the two predictions lie from the lagged one; 1 (OCR and several rewards in the code: 0.1).
-        adv_clip: c; 5 (code).
         adv_mode: "all"; "positive" or "negative" keep the advantages of that sign and set others to 0; "binary" keeps the
             sign alone. Without the negative side the paper saw collapse.
         weight: "self": divided by the mean size of the error; "none".
@@ -67,7 +67,6 @@ class DiffusionNFT(GroupObjective):
     beta: float = 1e-4
     scale_rewards: Scale = "batch"
     nft_beta: float = 1.0
-    adv_clip: float = 5.0
     adv_mode: Literal["all", "positive", "negative", "binary"] = "all"
     weight: Literal["self", "none"] = "self"
 
@@ -78,24 +77,16 @@ class DiffusionNFT(GroupObjective):
         "predictions around the lagged policy -> errors of x0 -> weighed by optimality r and 1 - r"
     )
     needs: ClassVar[Needs] = needs("groups", caps=(Cap.RESIDUAL,), reference=False, old=True, to_sample=True)
-    sampled_by: ClassVar[Literal["policy", "reference", "lagged"]] = "lagged"
+    sampling: ClassVar[Sampling] = Sampling(policy="lagged", timesteps="sampler")
     parity: ClassVar[str] = "NVlabs/DiffusionNFT scripts/train_nft_sd3.py (formula)"
     instead: ClassVar[str] = "use 'nft' on texts, 'grpo' on stored transitions"
     noise: ClassVar[Literal["shared", "independent"]] = "independent"
-    timesteps: ClassVar[Literal["family", "sampler"]] = "sampler"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "nft_beta", "adv_clip")
+        positive(self, "nft_beta")
         one_of(self, "adv_mode", ("all", "positive", "negative", "binary"))
         one_of(self, "weight", ("self", "none"))
-
-    @property
-    def kl_in_reward(self) -> bool:
-        return False
-
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"unbiased": False}  # NumPy's deviation
 
     def kept(self, advantage: Tensor) -> Tensor:
         """Advantages as `adv_mode` says, (M,)."""
@@ -126,7 +117,5 @@ class DiffusionNFT(GroupObjective):
         metrics = group_metrics(groups, advantage) | detached(
             optimality=r, error__better=better, error__worse=worse, moved=moved
         )
-        if self.beta:
-            kl = mean_square(e - scores.need_ref_residual()[groups.index])
-            loss, metrics = loss + self.beta * kl, metrics | detached(kl=kl)
-        return LossOut(loss, metrics)
+        anchor, more = self.anchor(scores, groups)
+        return LossOut(loss + anchor, metrics | more)

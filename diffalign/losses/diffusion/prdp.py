@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from diffalign.losses.advantages import group_ids, group_sums, total_reward
-from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, detached, needs
+from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, Sampling, detached, needs
 from diffalign.losses.diffusion._common import Refusing, one_of, positive
 from diffalign.losses.layouts import Layout
 from diffalign.losses.reduce import masked_mean
@@ -81,7 +81,7 @@ class PRDP(Refusing, BetaObjective):
     }
     instead: ClassVar[str] = "use 'rebel', the same regression without the clip"
     default_beta: ClassVar[Mapping[Kind, float]] = {Kind.STEP: 3e-5}
-    whole_trajectories: ClassVar[bool] = True
+    sampling: ClassVar[Sampling] = Sampling(whole_trajectories=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,7 +37,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, detached, needs
+from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, Sampling, detached, needs
 from diffalign.losses.diffusion._common import either_way, one_of, positive
 from diffalign.losses.diffusion.d3po import ClippedPair
 from diffalign.losses.layouts import Layout
@@ -63,7 +63,7 @@ class PSO(ClippedPair):
     composition: ClassVar[str] = "log-ratio of a distilled transition, clipped -> beta (w - l) -> logistic"
     parity: ClassVar[str] = "ZichenMiao/Pairwise_Sample_Optimization train_online_pso_sdxl_turbo.py (formula)"
     default_beta: ClassVar[Mapping[Kind, float]] = {Kind.STEP: 50.0}
-    shared_start: ClassVar[bool] = False
+    sampling: ClassVar[Sampling] = Sampling(shared_start=False)
 
 
 @dataclass(frozen=True, kw_only=True)

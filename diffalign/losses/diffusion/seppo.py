@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffalign.losses.base import AnyLayout, LossOut, Needs, Source, detached, needs
+from diffalign.losses.base import AnyLayout, LossOut, Needs, Sampling, Source, detached, needs
 from diffalign.losses.diffusion._common import Directed, label_direction, one_of
 from diffalign.losses.layouts import Layout, Pairs
 from diffalign.losses.pairwise import LogisticPair
@@ -66,7 +66,7 @@ class SePPO(Directed, LogisticPair):
     )
     instead: ClassVar[str] = "use 'dpo' on generated losers"
     source: ClassVar[Source] = "generated"
-    sampled_by: ClassVar[Literal["policy", "reference", "lagged"]] = "reference"
+    sampling: ClassVar[Sampling] = Sampling(policy="reference")
 
     def __post_init__(self) -> None:
         super().__post_init__()
