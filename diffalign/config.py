@@ -257,6 +257,9 @@ class RolloutConfig:
         select: which image of a group an objective on chosen images learns from: "best", or "bradley_terry": drawn in
             proportion to exp(reward / select_temperature), as people would choose (arXiv 2407.09499).
         select_temperature: of "bradley_terry".
+        checkpoint_steps: reward back-propagation: of trained sampler steps only the latents are kept, and the network is
+            called again in the backward pass: memory of one step, one forward more. null: where several steps are trained.
+        decode_batch_size: reward back-propagation: images that are decoded and scored with gradient at a time.
     """
 
     samples_per_prompt: int = 8
@@ -282,9 +285,11 @@ class RolloutConfig:
     keep_threshold: float = 0.3
     select: Literal["best", "bradley_terry"] = "best"
     select_temperature: float = 0.2
+    checkpoint_steps: bool | None = None
+    decode_batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps_per_generation", "num_iterations", "num_inference_steps"):
+        for name in ("steps_per_generation", "num_iterations", "num_inference_steps", "decode_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.eta is not None and not 0 <= self.eta <= (2 if self.kernel == "flow_sde" else 1):

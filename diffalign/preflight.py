@@ -145,7 +145,15 @@ def _check_image_rollout(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.rewards: empty; objective {objective.name!r} needs at least one reward to tell samples apart"
         )
-    if not from_data and rollout.samples_per_prompt < 2:
+    if objective.rows_from == "differentiable":
+        for name in rollout.rewards:
+            if not rewards.describe(name).differentiable:
+                raise ConfigError(
+                    f"rollout.rewards: {name!r} is not differentiable, and objective {objective.name!r} follows its "
+                    "gradient; take one that is (docs/how-to/rewards.md), or an objective such as 'diffusion_nft', which "
+                    "needs no gradient"
+                )
+    elif not from_data and rollout.samples_per_prompt < 2:
         raise ConfigError(f"rollout.samples_per_prompt: got {rollout.samples_per_prompt}; a group has at least 2")
     if objective.trains_steps and rollout.eta == 0:
         raise ConfigError("rollout.eta: got 0; a deterministic sampler's transitions have no density; take 1")

@@ -201,6 +201,8 @@ def train(config: RunConfig) -> TrainResult:
                     accelerator.backward(out.loss * share / accumulation)
                 counted += len(out.per_item)
                 job.record(metrics, batch, out)
+            if job.own_gradients:
+                average_gradients(accelerator, params)
             average_over(accelerator, params, counted, effective)
             grad_norm = clip(accelerator, params, training.max_grad_norm)
             learning_rate = float(scheduler.get_last_lr()[0])
@@ -307,6 +309,15 @@ def make_optimizer(params: list[nn.Parameter], training: TrainingConfig) -> torc
 
     # The settings of the published SDXL runs: external learning rate, no parameter scaling.
     return Adafactor(params, scale_parameter=False, relative_step=False, warmup_init=False, **common)
+
+
+def average_gradients(accelerator: Accelerator, params: list[nn.Parameter]) -> None:
+    """Average gradients over processes, where no wrapper has done it; does nothing on one."""
+    if accelerator.num_processes == 1:
+        return
+    for param in params:
+        if param.grad is not None:
+            param.grad = accelerator.reduce(param.grad, reduction="mean")
 
 
 def average_over(accelerator: Accelerator, params: list[nn.Parameter], counted: int, expected: int) -> None:

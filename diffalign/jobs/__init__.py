@@ -37,11 +37,13 @@ class Job(ABC):
         unit: what a sample is, for people.
         count: samples trained on.
         held_out: samples kept out of training.
+        own_gradients: its forwards go past the wrapper that averages gradients over processes, so the trainer has to.
     """
 
     unit: ClassVar[str]
     count: int = 0
     held_out: int = 0
+    own_gradients: bool = False
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, family: Family) -> None:
         self.config, self.accelerator, self.family = config, accelerator, family

@@ -26,6 +26,8 @@ from diffalign.policy import Policy
 from diffalign.preflight import check_schedule
 from diffalign.references import Lagged, Reference
 from diffalign.sampling import Sampler
+from diffalign.sampling.backprop import PromptBatch, RewardPaths
+from diffalign.sampling.batches import Conditions
 from diffalign.sampling.entries import StepBatch
 from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
 from diffalign.sampling.rules import has_lagged, kind_of, noise_of, samples_images
@@ -128,6 +130,7 @@ class ImageJob(Job):
         self.forwards_before = 0  # images through the network before the run was resumed
         self.estimator = self.objective.estimator()
         self.rollouts = self._rollouts() if self.online else None
+        self.own_gradients = isinstance(self.rollouts, RewardPaths)
         self.outputs = Outputs(
             self.config, self.run_dir, self.family, self.sampler, summary=self.summary(), latent_elements=self.elements
         )
@@ -138,23 +141,23 @@ class ImageJob(Job):
             return self.data.text(self.prompts[index])
         return {name: value[0] for name, value in self.asked.conditioning[index].items()}
 
-    def _rollouts(self) -> ImageRollouts:
+    def _rollouts(self) -> ImageRollouts | RewardPaths:
         side = self.asked.side
+        image = self.family.image_conditioning((side, side), (0, 0), (side, side))
+        conditions, shape = Conditions(self._prompt_text, self.asked.negative, image), self.asked.latent_shape
+        parts = (self.config, self.family, self.policy, self.accelerator)
+        if self.objective.rows_from == "differentiable":
+            return RewardPaths(*parts, prompts=self.prompts, conditions=conditions, latent_shape=shape)
         return ImageRollouts(
-            self.config,
-            self.family,
-            self.policy,
-            self.accelerator,
+            *parts,
             prompts=self.prompts,
-            text=self._prompt_text,
-            negative=self.asked.negative,
-            latent_shape=self.asked.latent_shape,
-            image=self.family.image_conditioning((side, side), (0, 0), (side, side)),
+            conditions=conditions,
+            latent_shape=shape,
             winners=self.dataset,
             kept=self.kept,
         )
 
-    def micro_batches(self, first_step: int) -> Iterator[AnyBatch]:
+    def micro_batches(self, first_step: int) -> Iterator[AnyBatch | PromptBatch]:
         if self.rollouts is not None:
             yield from self.rollouts.micro_batches(first_step)
             return
@@ -166,9 +169,12 @@ class ImageJob(Job):
         for batch in micro_batches(self.dataset, range(first, last, world), training.dataloader_workers):
             yield batch.to(self.accelerator.device)
 
-    def loss(self, batch: AnyBatch) -> LossOut:
-        if isinstance(batch, StepBatch):
-            assert self.rollouts is not None, "transitions are sampled"
+    def loss(self, batch: AnyBatch | PromptBatch) -> LossOut:
+        if isinstance(batch, PromptBatch):
+            assert isinstance(self.rollouts, RewardPaths), "it made the batch"
+            scores, layout = self.rollouts.scores(batch)
+        elif isinstance(batch, StepBatch):
+            assert isinstance(self.rollouts, ImageRollouts), "it made the batch"
             scores, layout = self.rollouts.scores(batch)
         else:
             scores, layout = self.policy.scores(batch, self.objective)
@@ -177,9 +183,14 @@ class ImageJob(Job):
         weight_metric(out, batch.weight)
         if self.online and (reward := rewards_of(layout)) is not None:
             out.metrics.setdefault("reward", reward)
+        if isinstance(batch, PromptBatch):
+            out.metrics.update(scores.extra)
         return out
 
-    def record(self, metrics: StepMetrics, batch: AnyBatch, out: LossOut) -> None:
+    def record(self, metrics: StepMetrics, batch: AnyBatch | PromptBatch, out: LossOut) -> None:
+        if isinstance(batch, PromptBatch):
+            metrics.add(out)
+            return
         if isinstance(batch, StepBatch):
             t, layout = batch.t, batch.layout
         else:

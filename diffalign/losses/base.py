@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.losses.layouts import Groups, Items, Layout, Lists, Pairs
 from diffalign.losses.scores import CAPABILITIES, Cap, Kind, Scores
 
-Source: TypeAlias = Literal["data", "generated", "on_policy", "trajectories", "candidates", "steps"]
+Source: TypeAlias = Literal["data", "generated", "on_policy", "trajectories", "candidates", "steps", "differentiable"]
 AnyLayout: TypeAlias = Layout | Pairs | Items | Groups | Lists
 # (log-softmax of the policy (..., V), labels (...), log-softmax of the reference or None) -> statistic (...)
 TokenStatistic: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -70,7 +70,16 @@ _WHY: Mapping[Cap, Mapping[Kind, str]] = {
         Kind.TOKEN: "it works on the prediction of a denoising network, element by element",
         Kind.STEP: "it works on the prediction of a denoising network, element by element",
     },
+    Cap.REWARD: {
+        Kind.TOKEN: "no gradient of a reward reaches a text that was sampled token by token",
+        Kind.STEP: "it follows the gradient of a reward through the sampler and has no use for log-densities",
+        Kind.BOUND: "it follows the gradient of a reward through the sampler and has no use for denoising errors",
+    },
 }
+_NOT_REWARDS = (
+    "a reward that is followed by its gradient is no likelihood",
+    "use an objective that back-propagates rewards, such as 'draft'",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +206,7 @@ class Objective(ABC):
             "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
             latents drawn from one latent. "steps": transitions of all samples of a prompt, with the log-densities under the
-            policy that sampled them.
+            policy that sampled them. "differentiable": images that are sampled with gradient, see `diffusion._backprop`.
         sampling: what it asks of images that are sampled for it.
     """
 
@@ -229,6 +238,8 @@ class Objective(ABC):
     def check_caps(self, kind: Kind) -> None:
         """Refuse a kind of score that lacks what this objective needs; see `check`."""
         missing = sorted(self.required_caps(kind) - CAPABILITIES[kind], key=lambda c: c.name)
+        if missing and kind is Kind.REWARD:
+            raise IncompatibleObjective(self.name, kind, *_NOT_REWARDS)
         if missing:
             reasons = [_WHY.get(cap, {}).get(kind, f"needs {cap.value}") for cap in missing]
             raise IncompatibleObjective(self.name, kind, "; ".join(dict.fromkeys(reasons)), self.instead)
