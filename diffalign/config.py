@@ -566,6 +566,11 @@ class EvaluationConfig:
         seed: of the evaluation noise, independent of the training seed.
         held_out_fraction: share of the pairs kept out of training for the implicit accuracy.
         grid_prompts: how many prompts the before/after grid shows.
+        every: optimiser steps between looks at the rewards during training, on `watch_prompts` of the prompts; 0: none.
+        watch_prompts: how many of them, one image each.
+        keep_best: one of `rewards`: adapter files and the evaluation at the end are those of the step at which its mean was
+            highest, which must not be a reward that is trained on to guard against hacking. null: of the last step.
+        patience: training ends after so many looks in a row that were not the best so far; 0: never before its last step.
     """
 
     at_end: bool = False
@@ -576,6 +581,20 @@ class EvaluationConfig:
     seed: int = 1234
     held_out_fraction: float = 0.0
     grid_prompts: int = 8
+    every: int = 0
+    watch_prompts: int = 32
+    keep_best: str | None = None
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.patience < 0:
+            raise ValueError(f"every is {self.every} and patience {self.patience}; expected 0 or more")
+        if (self.keep_best is not None) and not self.every:
+            raise ValueError("keep_best is set, and every is 0, so nothing is looked at during training; set every")
+        if self.patience and self.keep_best is None:
+            raise ValueError(f"patience is {self.patience}; expected keep_best to say which reward must get better")
+        if self.keep_best is not None and self.keep_best not in self.rewards:
+            raise ValueError(f"keep_best is {self.keep_best!r}; expected one of rewards: {', '.join(self.rewards)}")
 
 
 @dataclass(frozen=True, kw_only=True)

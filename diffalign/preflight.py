@@ -227,6 +227,8 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "lora.experts",
         "lora.gate",
         "lora.gate_features",
+        "evaluation.every",
+        "evaluation.watch_prompts",
         *(
             f"rollout.{field.name}"
             for field in dataclasses.fields(RolloutConfig)
@@ -303,6 +305,11 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
             raise ConfigError("evaluation.prompts: missing, and evaluation.at_end is true; name a file or a list")
         if not config.evaluation.rewards:
             raise ConfigError("evaluation.rewards: empty, and evaluation.at_end is true; name at least one reward")
+    if config.evaluation.every and not (config.evaluation.prompts and config.evaluation.rewards):
+        raise ConfigError(
+            f"evaluation.every: got {config.evaluation.every}, and there are no prompts or no rewards to look at; set "
+            "evaluation.prompts and evaluation.rewards"
+        )
     if config.evaluation.prompts:
         load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
 

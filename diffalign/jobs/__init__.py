@@ -111,6 +111,20 @@ class Job(ABC):
         """Write samples of a fixed set of prompts for the report (main process); does nothing without prompts."""
         return
 
+    def watches(self, step: int) -> bool:
+        """Whether the run is looked at after a step, the same on every process."""
+        every = self.config.evaluation.every
+        return bool(every) and (step % every == 0 or step == self.config.training.max_train_steps)
+
+    def watch(self, step: int) -> dict[str, float]:
+        """Measure the adapter (main process); values for the step's row of metrics."""
+        return {}
+
+    @property
+    def enough(self) -> bool:
+        """Whether training should end before its last step; known to the main process."""
+        return False
+
     def after_step(self, step: int) -> None:
         """Called after every optimiser step."""
         return

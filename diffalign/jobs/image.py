@@ -32,6 +32,7 @@ from diffalign.sampling.entries import StepBatch
 from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
 from diffalign.sampling.rules import has_lagged, kind_of, noise_of, samples_images
 from diffalign.summary import objective_summary
+from diffalign.watch import Watch
 
 
 class ImageJob(Job):
@@ -128,6 +129,10 @@ class ImageJob(Job):
             lagged = Lagged(adapters.parameters(bare), self.config.rollout.old_decay)
         self.policy = Policy(self.family, network, bare, self.autocast, self.config.denoising, reference, lagged)
         self.forwards_before = 0  # images through the network before the run was resumed
+        evaluation = self.config.evaluation
+        self.watching = None
+        if evaluation.every and self.sampler is not None:
+            self.watching = Watch(evaluation, self.sampler, self.accelerator.device, self.run_dir)
         self.estimator = self.objective.estimator()
         self.rollouts = self._rollouts() if self.online else None
         self.own_gradients = isinstance(self.rollouts, RewardPaths)
@@ -218,7 +223,19 @@ class ImageJob(Job):
         if self.sampler is not None:
             self.outputs.sample_grid(step, adapters=adapters)
 
+    def watch(self, step: int) -> dict[str, float]:
+        if self.watching is None:
+            return {}
+        forwards = self.forwards_before + self.policy.forwards * self.accelerator.num_processes
+        return self.watching.measure(step, self.policy.bare) | {"image_forwards": float(forwards)}
+
+    @property
+    def enough(self) -> bool:
+        return self.watching is not None and self.watching.enough
+
     def finish(self, step: int, facts: dict[str, Any]) -> dict[str, Any] | None:
+        if self.watching is not None and (best := self.watching.restore(self.policy.bare)) is not None:
+            facts = facts | {"best_step": best}
         facts = facts | {"image_forwards": self.forwards_before + self.policy.forwards * self.accelerator.num_processes}
         return self.outputs.finish(self.policy, self.dataset, self.kept_out, step=step, facts=facts)
 
@@ -227,6 +244,7 @@ class ImageJob(Job):
         state = {
             "estimator": {} if self.estimator is None else self.estimator.state_dict(),
             "rollouts": {} if self.rollouts is None else self.rollouts.state_dict(),
+            "watch": {} if self.watching is None else self.watching.state_dict(),
             "lagged": {} if self.policy.lagged is None else self.policy.lagged.state_dict(),
         }
         return {name: value for name, value in state.items() if value} | {"image_forwards": forwards}
@@ -236,6 +254,8 @@ class ImageJob(Job):
             self.estimator.load_state_dict(state.get("estimator", {}))
         if self.rollouts is not None:
             self.rollouts.load_state_dict(state.get("rollouts", {}))
+        if self.watching is not None:
+            self.watching.load_state_dict(state.get("watch", {}))
         if self.policy.lagged is not None and "lagged" in state:
             self.policy.lagged.load_state_dict(state["lagged"])
         self.forwards_before = int(state.get("image_forwards", 0))
