@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from diffalign import plugins, rewards
 from diffalign.losses import IncompatibleObjective, Kind, Objective, catalogue
 
-KINDS = {Kind.BOUND: "images", Kind.TOKEN: "texts", Kind.STEP: "trajectories"}
+KINDS = {Kind.BOUND: "images", Kind.TOKEN: "texts", Kind.STEP: "trajectories", Kind.JUDGE: "rewards"}
 
 
 def objective_table() -> str:

@@ -39,7 +39,7 @@ SECTIONS: dict[str, type] = {
     "generation": config.GenerationConfig,
     "evaluation": config.EvaluationConfig,
 }
-KINDS = {Kind.TOKEN: "text", Kind.STEP: "trajectories", Kind.BOUND: "denoising"}
+KINDS = {Kind.TOKEN: "text", Kind.STEP: "trajectories", Kind.BOUND: "denoising", Kind.JUDGE: "judge"}
 
 
 def attributes(cls: type) -> dict[str, str]:

@@ -66,11 +66,17 @@ _WHY: Mapping[Cap, Mapping[Kind, str]] = {
         Kind.TOKEN: "it is a function of a denoising error",
         Kind.STEP: "it is a function of a denoising error",
     },
+    Cap.JUDGEMENT: dict.fromkeys(
+        (Kind.TOKEN, Kind.STEP, Kind.BOUND),
+        "it reads what a reward model says, and these are log-likelihoods of a policy",
+    ),
     Cap.RESIDUAL: {
         Kind.TOKEN: "it works on the prediction of a denoising network, element by element",
         Kind.STEP: "it works on the prediction of a denoising network, element by element",
     },
 }
+
+_NO_POLICY = "a reward model's scores are no log-likelihoods of a policy, and have no reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +236,12 @@ class Objective(ABC):
         """Refuse a kind of score that lacks what this objective needs; see `check`."""
         missing = sorted(self.required_caps(kind) - CAPABILITIES[kind], key=lambda c: c.name)
         if missing:
-            reasons = [_WHY.get(cap, {}).get(kind, f"needs {cap.value}") for cap in missing]
-            raise IncompatibleObjective(self.name, kind, "; ".join(dict.fromkeys(reasons)), self.instead)
+            reasons = [
+                _NO_POLICY if kind is Kind.JUDGE else _WHY.get(cap, {}).get(kind, f"needs {cap.value}")
+                for cap in missing
+            ]
+            instead = "use bradley_terry" if kind is Kind.JUDGE else self.instead
+            raise IncompatibleObjective(self.name, kind, "; ".join(dict.fromkeys(reasons)), instead)
 
     def check_beta(self, kind: Kind) -> None:
         """Refuse to guess a beta where none was published; see `check`."""

@@ -25,11 +25,13 @@ class Kind(str, Enum):
     STEP: Gaussian log-density of the stored transitions of a stochastic sampler; exact per step up to constants.
     BOUND: minus one half of a denoising error at a (t, noise) shared by everything that is compared; only differences
         mean something, and their scale is arbitrary.
+    JUDGE: what a reward model that is trained says of an item, in the model's own unit; it has no reference.
     """
 
     TOKEN = "token"
     STEP = "step"
     BOUND = "bound"
+    JUDGE = "judge"
 
 
 class Cap(str, Enum):
@@ -45,12 +47,14 @@ class Cap(str, Enum):
     IMITATION = "an imitation loss per row"
     ERROR = "a denoising error per row"
     RESIDUAL = "prediction errors element by element"
+    JUDGEMENT = "what a reward model says of an item"
 
 
 CAPABILITIES: Mapping[Kind, frozenset[Cap]] = {
-    Kind.TOKEN: frozenset(Cap) - {Cap.ERROR, Cap.RESIDUAL},
+    Kind.TOKEN: frozenset(Cap) - {Cap.ERROR, Cap.RESIDUAL, Cap.JUDGEMENT},
     Kind.STEP: frozenset({Cap.DIFFERENCE, Cap.ABSOLUTE, Cap.RATIO, Cap.UNITS, Cap.IMITATION}),
     Kind.BOUND: frozenset({Cap.DIFFERENCE, Cap.UNITS, Cap.IMITATION, Cap.ERROR, Cap.RESIDUAL}),
+    Kind.JUDGE: frozenset({Cap.JUDGEMENT, Cap.UNITS}),
 }
 
 
@@ -303,6 +307,17 @@ class Scores:
         made = cls.tokens(theta, ref, old, mask=mask, **more)
         fields = {name: getattr(made, name) for name in made.__dataclass_fields__}
         return cls(**fields | {"kind": Kind.STEP, "length": None})
+
+    @classmethod
+    def judged(cls, theta: Tensor, embedding: Tensor | None = None) -> Scores:
+        """Scores of a reward model.
+
+        Args:
+            theta: what it says of every row, (N,), gradient flows.
+            embedding: of general preferences, (N, 2 k), gradient flows; then theta is only shown.
+        """
+        units = None if embedding is None else Units(theta=embedding, mask=torch.ones_like(embedding, dtype=torch.bool))
+        return cls(kind=Kind.JUDGE, theta=theta, units=units)
 
     def log_ratio(self) -> Tensor:
         """theta - ref per row, (N,).
