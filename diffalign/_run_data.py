@@ -48,6 +48,11 @@ class RunData:
         """A run on texts, by its config."""
         return bool(get(self.config, "data", "format") == "text")
 
+    @property
+    def is_reward(self) -> bool:
+        """A run that trains a reward model, by its config."""
+        return bool(get(self.config, "model", "family") == "clip_reward")
+
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of a metric where it is a number."""
         pairs = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), (int, float))]

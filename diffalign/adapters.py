@@ -52,6 +52,7 @@ _LINEAR_ONLY_INITS = ("orthogonal", "mica")
 _REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _MARKS = "gates.experts"  # in a state: which experts the gates are for
+WHOLE = "diffalign_whole"  # the network's attribute: names of parameters that are trained as they are
 GATES = "diffalign_gates"  # the network's submodule that weighs frozen adapters, where there is one
 _TRAINED = (
     "rank",
@@ -276,6 +277,20 @@ def attach(network: nn.Module, config: LoraConfig, name: str = "default", seed: 
     return [p for p in parameters(network, name) if p.requires_grad]
 
 
+def train_whole(network: nn.Module, names: Sequence[str]) -> None:
+    """Train parameters as they are, beside the adapter or in place of it; they are kept in checkpoints with it.
+
+    Args:
+        network: after `attach`, if there is an adapter.
+        names: of parameters.
+    """
+    known = dict(network.named_parameters())
+    for name in names:
+        known[name].requires_grad_(True)
+        known[name].data = known[name].data.float()
+    network.__dict__[WHOLE] = tuple(names)
+
+
 def attach_modules(
     network: nn.Module,
     ranks: Mapping[str, int],
@@ -488,11 +503,16 @@ def _tensors(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
     if (gates := gates_of(network, name)) is not None:
         return gates.tensors()
     tensors: dict[str, Any] = {}
-    for path, layer in _named(network, name).items():
+    whole = network.__dict__.get(WHOLE, ())
+    layers = lora_layers(network, name) if whole else _named(network, name)
+    for path, layer in layers.items():
         tensors[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
         tensors[f"{path}.lora_B.weight"] = layer.lora_B[name].weight
         if name in layer.lora_magnitude_vector:
             tensors[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name].weight
+    if whole:
+        own = dict(network.named_parameters())
+        tensors |= {parameter: own[parameter] for parameter in whole}
     return tensors
 
 

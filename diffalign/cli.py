@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -299,8 +300,13 @@ def read_config(args: argparse.Namespace) -> RunConfig:
 
 def run_plan(args: argparse.Namespace) -> int:
     config = read_config(args)
+    from diffalign import _plan_rewards, plugins
     from diffalign.plan import make_plan, render, to_json
 
+    if plugins.find("families", config.model.family).modality == "reward":  # type: ignore[attr-defined]
+        told = _plan_rewards.plan_reward(config, gpu_gb=args.gpu_gb, num_processes=args.processes, pairs=args.pairs)
+        print(json.dumps(dataclasses.asdict(told), indent=1) if args.json else _plan_rewards.render(told))
+        return 0
     plan = make_plan(
         config,
         gpu_gb=args.gpu_gb,

@@ -467,6 +467,30 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """What a reward model that is trained looks like (family `clip_reward`).
+
+    Attributes:
+        head: "cosine": exp(logit_scale) times the cosine, as PickScore. "aspects": a score for each of several aspects, of
+            which every pair says which one it is about (`aspect`). "general": an embedding, for preferences that go round in
+            circles (objective general_preference). null: an earlier reward's own, or the cosine.
+        outputs: aspects, or dimensions of "general" (even; 2 already represents rock, paper, scissors; 6 is the published
+            one).
+        aspect_weights: of the aspects in the one score; empty: equal.
+        tuning: "lora": an adapter on both towers, which is merged when the reward is written; "full": all weights, as
+            PickScore; "head": the head alone. A head is always trained.
+        logit_scale: whether it is trained, too, in full tuning. Frozen, scores keep their scale when an earlier reward is
+            tuned on.
+    """
+
+    head: Literal["cosine", "aspects", "general"] | None = None
+    outputs: int = 1
+    aspect_weights: tuple[float, ...] = ()
+    tuning: Literal["lora", "full", "head"] = "lora"
+    logit_scale: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The loop. Batch sizes count pairs (or items, for unpaired data), per device.
 
@@ -618,6 +642,7 @@ class RunConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign import plugins
 from diffalign._preflight_images import check_errors, check_round, check_schedule, check_unread
+from diffalign._preflight_rewards import READ_BY_REWARDS, UNREAD_BY_REWARDS, check_reward_run
 from diffalign.config import GenerationConfig, RolloutConfig, RunConfig
 from diffalign.errors import ConfigError, DataError, did_you_mean
 from diffalign.files import require_writable
@@ -53,6 +54,9 @@ def check(config: RunConfig) -> None:
     _check_data(config)
     if family.modality == "image":
         _check_images(config, family)  # type: ignore[arg-type]
+    elif family.modality == "reward":
+        _check_counts(config)
+        check_reward_run(config, _facts(config))
     else:
         check_text(config)
         _check_supply(config)
@@ -71,7 +75,7 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
 
     objective: Objective = config.objective
     try:
-        objective.check(family.kind if family.modality == "text" else kind_of(objective))
+        objective.check(kind_of(objective) if family.modality == "image" else family.kind)
     except IncompatibleObjective as error:
         raise ConfigError(f"{error} (family {config.model.family!r})") from error
     if config.reference.scheme != "frozen" and not objective.reads_reference():
@@ -79,6 +83,8 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
             f"reference.scheme {config.reference.scheme!r}: objective {objective.name!r} has no reference; "
             "leave the section out"
         )
+    if family.modality == "reward":
+        return
     if family.modality == "text":
         if objective.source != "data":
             raise ConfigError(
@@ -244,11 +250,16 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "data.rename",
         "data.world_text",
     ),
+    "reward": ("judge",),
 }
 
 
 def _refuse_unused(config: RunConfig, modality: str) -> None:
-    for other, keys in _ONLY.items():
+    unread = dict(_ONLY)
+    if modality == "reward":
+        unread = {m: tuple(key for key in keys if key not in READ_BY_REWARDS) for m, keys in _ONLY.items()}
+        unread["any"] = UNREAD_BY_REWARDS
+    for other, keys in unread.items():
         if other == modality:
             continue
         for key in keys:
@@ -258,8 +269,11 @@ def _refuse_unused(config: RunConfig, modality: str) -> None:
             value = getattr(node, name) if name else node
             if value != default:
                 raise ConfigError(
-                    f"{key}: has no effect on family {config.model.family!r}, which works on {modality}s; remove it"
+                    f"{key}: has no effect on family {config.model.family!r}, which {_DOES[modality]}; remove it"
                 )
+
+
+_DOES = {"image": "works on images", "text": "works on texts", "reward": "trains reward models"}
 
 
 def _default(cls: type, name: str) -> Any:
@@ -518,7 +532,7 @@ def check_sampling(config: RunConfig) -> None:
 
 def _check_frames(config: RunConfig) -> None:
     family: type[DenoisingFamily] = plugins.find("families", config.model.family)
-    if family.modality == "text":
+    if family.modality != "image":
         return
     family.check_frames(config.data.num_frames)
     if config.sampling.num_frames is not None:

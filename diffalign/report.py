@@ -20,6 +20,7 @@ from PIL import Image
 from diffalign._charts import interval_plot
 from diffalign._curves import by_timestep, compare_curves, curves
 from diffalign._page import card, cards, collapsed, missing, page, section, table
+from diffalign._report_reward import judged
 from diffalign._report_text import text_samples, unlearning
 from diffalign._run_data import RunData, duration, get, interval_of, is_number, read_json, read_run, row_counts, text_of
 from diffalign.errors import UserError
@@ -44,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
             _header(run),
             section("Result", _result(run)),
             section("Alarms", _alarms(run)),
-            section("Before and after", text_samples(run) if run.is_text else _samples(run.folder)),
+            section("Before and after", _before_and_after(run)),
             section("Curves", curves(run)),
             section("By timestep", by_timestep(run)),
             section("Data", _data(run)),
@@ -108,10 +109,23 @@ def _header(run: RunData) -> str:
     return f'<h1>{escape(run.name)}</h1><p class="muted">{line}</p>'
 
 
+def _before_and_after(run: RunData) -> str:
+    if run.is_reward:
+        return ""
+    return text_samples(run) if run.is_text else _samples(run.folder)
+
+
 def _result(run: RunData) -> str:
     result = run.result
     if result is None:
         return missing("No result.json: this run was not evaluated, or it did not finish.")
+    if run.is_reward:
+        told = [(name.replace("_", " "), text_of(value)) for name, value in result.items()]
+        return (
+            judged(result)
+            + cards([_cost_card(result)], "tiles")
+            + collapsed("Everything in result.json", table((), told))
+        )
     metric = str(result.get("metric", "metric"))
     notes = "".join(f"<p><small>{escape(note).replace('`', '')}</small></p>" for note in caveats(run.config, result))
     rest = [(name.replace("_", " "), text_of(value)) for name, value in result.items() if name != "rewards"]

@@ -88,7 +88,7 @@ def train(config: RunConfig) -> TrainResult:
 
     # -- Network, adapter, reference, optimiser ------------------------------------------------------------------
     bare = job.load()
-    params = adapters.attach(bare, config.lora, seed=config.seed)
+    params = job.attach(bare)
     modules, count = adapters.count(bare, "default")
     bare.train()
     network = accelerator.prepare_model(bare)
@@ -125,7 +125,7 @@ def train(config: RunConfig) -> TrainResult:
     )
     summary = job.summary()
     log.info(
-        "%s on %d %s (%d held out): %d LoRA modules, %s parameters; effective batch %d = %d x %d x %d processes; "
+        "%s on %d %s (%d held out): %d LoRA modules, %s trained parameters; effective batch %d = %d x %d x %d processes; "
         "learning rate in use %g; %.2f passes over the data",
         objective.title,
         job.count,
@@ -294,7 +294,7 @@ def train(config: RunConfig) -> TrainResult:
 
 def progress_note(row: dict[str, float]) -> str:
     """The few numbers beside the progress bar."""
-    shown = {"acc": "implicit_acc", "reward": "reward", "grad": "grad_norm"}
+    shown = {"acc": "implicit_acc", "right": "judge/accuracy", "reward": "reward", "grad": "grad_norm"}
     found = [f"{label} {row[name]:.2f}" for label, name in shown.items() if name in row]
     return " ".join([f"loss {row['loss']:.4f}", *found[:2]])
 

@@ -50,7 +50,7 @@ from diffalign.data.facts import MAPS, PROMPTS
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.errors import DataError
-from diffalign.families import DenoisingFamily
+from diffalign.families import EncodingFamily
 from diffalign.files import free_bytes
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class CacheBuilder:
         self,
         folder: Path,
         config: RunConfig,
-        family: DenoisingFamily,
+        family: EncodingFamily,
         *,
         rank: int = 0,
         world: int = 1,
@@ -150,7 +150,7 @@ class CacheBuilder:
                     note_truncation(self.family, record, report)
                     yield None
 
-        preparer = Preparer(self.config.data, self.config.seed, self.family.resolution_step)
+        preparer = Preparer(self.config.data, self.config.seed, self.family.resolution_step, self.family.resampling)
         left = fresh()
         while True:
             for pair in prepare_all(left, preparer, report, self.config.cache.workers, self._quota):

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from diffalign.config import DataConfig
 from diffalign.data.facts import MAPS, BadFact, fit_map, load_map
-from diffalign.data.images import UndecodableImage, buckets, pair_bucket, plan_crop, transform
+from diffalign.data.images import Resampling, UndecodableImage, buckets, pair_bucket, plan_crop, transform
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.data.video import TooShort, decode_clip
 from diffalign.errors import DataError
-from diffalign.families import ENCODERS, Conditioning, DenoisingFamily
+from diffalign.families import ENCODERS, Conditioning, EncodingFamily
 from diffalign.schedules import generator_for
 
 
@@ -95,11 +95,11 @@ class Preparer:
         config: resolution, buckets, crop, flip, and the frames of clips.
         seed: of random crops and flips, which are functions of (seed, record id).
         step: image sides are multiples of this many pixels.
+        resampling: how images are resized.
     """
 
-    def __init__(self, config: DataConfig, seed: int, step: int) -> None:
-        self.config = config
-        self.seed = seed
+    def __init__(self, config: DataConfig, seed: int, step: int, resampling: Resampling = "bilinear") -> None:
+        self.config, self.seed, self.resampling = config, seed, resampling
         if config.buckets:
             # About sixteen steps to the side (64 px at 1024), in multiples of what the model takes.
             step = max(step, config.resolution // 16 // step * step)
@@ -126,7 +126,9 @@ class Preparer:
         flip = self.config.flip and bool(torch.rand((), generator=generator) < 0.5)
         prepared = []
         for parts, clip, weights in zip(raw, clips, maps or [None] * len(raw), strict=True):
-            done = transform(clip, size, crop=self.config.crop, flip=flip, generator=generator)
+            done = transform(
+                clip, size, crop=self.config.crop, flip=flip, generator=generator, resampling=self.resampling
+            )
             settings = f"{size} {done.crop_top_left} {flip}" + (f" {frames} {stride}" if frames > 1 else "")
             digest = b"".join(hashlib.sha256(part).digest() for part in parts)
             key = hashlib.sha256(digest + settings.encode()).hexdigest()[:24]
@@ -181,7 +183,7 @@ def prepare_all(
                 report.skip(result.record, result.reason, result.detail)
 
 
-def encode_images(family: DenoisingFamily, images: list[Prepared], batch_size: int) -> dict[str, Tensor]:
+def encode_images(family: EncodingFamily, images: list[Prepared], batch_size: int) -> dict[str, Tensor]:
     """Latents (C, ..., h, w) on the CPU by image key; images of one shape share a VAE call."""
     latents: dict[str, Tensor] = {}
     by_shape: dict[tuple[int, ...], list[Prepared]] = {}
@@ -198,7 +200,7 @@ def encode_images(family: DenoisingFamily, images: list[Prepared], batch_size: i
     return latents
 
 
-def encode_prompts(family: DenoisingFamily, prompts: list[str], batch_size: int = 16) -> dict[str, Conditioning]:
+def encode_prompts(family: EncodingFamily, prompts: list[str], batch_size: int = 16) -> dict[str, Conditioning]:
     """Text conditioning on the CPU by prompt, without a batch axis."""
     found: dict[str, Conditioning] = {}
     for start in range(0, len(prompts), batch_size):
@@ -210,7 +212,7 @@ def encode_prompts(family: DenoisingFamily, prompts: list[str], batch_size: int 
     return found
 
 
-def note_truncation(family: DenoisingFamily, record: Record, report: DataReport) -> None:
+def note_truncation(family: EncodingFamily, record: Record, report: DataReport) -> None:
     """Count every prompt of a record whose end the text encoder will not see."""
     for prompt in record.prompts:
         tokens, limit = family.count_tokens(prompt)
@@ -224,7 +226,7 @@ def maps_of(pair: PreparedPair, latents: tuple[Tensor, Tensor]) -> list[Tensor]:
     return [weights for weights in fitted if weights is not None]
 
 
-def overflow_advice(family: DenoisingFamily) -> str:
+def overflow_advice(family: EncodingFamily) -> str:
     """What to do about latents with infinities or NaN."""
     dtype = str(family.vae_dtype).removeprefix("torch.")
     return f"the VAE computes in {dtype}: set cache.encode_dtype=float32, or name an fp16-safe VAE in model.vae"
@@ -259,7 +261,7 @@ class LivePairs:
         self,
         records: Iterator[Record],
         preparer: Preparer,
-        family: DenoisingFamily,
+        family: EncodingFamily,
         report: DataReport,
         workers: int = 2,
         limit: int | None = None,

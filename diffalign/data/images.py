@@ -21,6 +21,7 @@ from torch import Tensor
 from diffalign.errors import ConfigError
 
 Size = tuple[int, int]
+Resampling = Literal["bilinear", "bicubic"]
 
 
 class UndecodableImage(Exception):  # noqa: N818 - what it says of the image
@@ -134,6 +135,7 @@ def transform(
     crop: Literal["center", "random"] = "center",
     flip: bool = False,
     generator: torch.Generator | None = None,
+    resampling: Resampling = "bilinear",
 ) -> Pixels:
     """Resize to cover, mirror if asked, crop, and scale to [-1, 1].
 
@@ -143,19 +145,22 @@ def transform(
         crop: where to cut.
         flip: mirror left to right; both images of a pair get the same.
         generator: draws a random crop; needed for that only.
+        resampling: how it is resized.
     """
     assert crop == "center" or generator is not None, "a random crop needs a generator"
     frames = [image] if isinstance(image, Image.Image) else list(image)
     original = (frames[0].height, frames[0].width)
     plan = plan_crop(original, target, generator if crop == "random" else None)
-    cut = [to_tensor(_cut(frame, plan, flip)) for frame in frames]
+    cut = [to_tensor(_cut(frame, plan, flip, resampling)) for frame in frames]
     pixels = cut[0] if len(cut) == 1 else torch.stack(cut, dim=1)
     return Pixels(pixels, original, plan.top_left, target, flip)
 
 
-def _cut(image: Image.Image, plan: Crop, flip: bool) -> Image.Image:
+def _cut(image: Image.Image, plan: Crop, flip: bool, resampling: Resampling) -> Image.Image:
     if plan.resized != (image.height, image.width):
-        image = image.resize(plan.resized[::-1], Image.Resampling.BILINEAR)  # Pillow's sizes are (width, height)
+        image = image.resize(
+            plan.resized[::-1], Image.Resampling[resampling.upper()]
+        )  # Pillow's sizes are (width, height)
     if flip:
         image = ImageOps.mirror(image)
     top, left = plan.top_left

@@ -13,7 +13,7 @@ from diffalign.config import DataConfig, RunConfig, to_tree
 from diffalign.data.prompts import load_prompts, normalised
 from diffalign.data.source import Source
 from diffalign.errors import DataError
-from diffalign.families import DenoisingFamily
+from diffalign.families import EncodingFamily
 from diffalign.files import atomic_write_text, sha256
 
 VERSION = 2  # 2: a column `extra`; what is in it was not read before
@@ -21,7 +21,7 @@ VERSION = 2  # 2: a column `extra`; what is in it was not read before
 NEUTRAL_DATA_KEYS = ("keep_downloads", "label", "label_temperature", "max_disk_gb", "max_unusable", "sources")
 
 
-def fingerprint(config: RunConfig, family: DenoisingFamily) -> dict[str, Any]:
+def fingerprint(config: RunConfig, family: EncodingFamily) -> dict[str, Any]:
     """Everything that determines a cache's contents, except the source's files."""
     data = {k: v for k, v in to_tree(config.data).items() if k not in NEUTRAL_DATA_KEYS}
     if config.data.num_frames == 1:  # as caches were that knew no clips, and no stride matters

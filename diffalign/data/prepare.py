@@ -16,14 +16,15 @@ from diffalign.config import DataConfig, RunConfig
 from diffalign.data import manifest as manifests
 from diffalign.data.cache import CacheBuilder, LatentCache, tables
 from diffalign.data.encode import LivePairs, Preparer
-from diffalign.data.facts import EARLY, REWARDS, in_all, needed, refuse_without, require
+from diffalign.data.facts import ASPECT, EARLY, REWARDS, in_all, needed, refuse_without, require
 from diffalign.data.loader import PairData
 from diffalign.data.pipeline import check, check_usable, iterate
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.data.source import Source, resolve
 from diffalign.errors import DataError
-from diffalign.families import ENCODERS, DenoisingFamily
+from diffalign.families import ENCODERS, EncodingFamily
+from diffalign.losses.judging import JudgeObjective
 from diffalign.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Prepared:
     facts: frozenset[str] = frozenset()
 
 
-def prepare(config: RunConfig, family: DenoisingFamily, accelerator: Accelerator) -> Prepared:
+def prepare(config: RunConfig, family: EncodingFamily, accelerator: Accelerator) -> Prepared:
     """Encoded pairs of a run; the encoders are out of memory again afterwards if the cache is used.
 
     Raises:
@@ -57,14 +58,17 @@ def facts_read(config: RunConfig) -> dict[str, str]:
     from diffalign.sampling.rules import samples_images
 
     found: dict[str, str] = {}
-    if not samples_images(config):
+    if isinstance(config.objective, JudgeObjective):
+        if config.judge.head == "aspects":
+            found[ASPECT] = "judge.head: aspects"
+    elif not samples_images(config):
         found |= dict.fromkeys(needed(config.objective), f"objective {config.objective.name!r}")
     if config.data.label != "given":
         found.setdefault(REWARDS, f"data.label: {config.data.label}")
     return found
 
 
-def _prepare(config: RunConfig, family: DenoisingFamily, accelerator: Accelerator) -> Prepared:
+def _prepare(config: RunConfig, family: EncodingFamily, accelerator: Accelerator) -> Prepared:
     data = config.data
     if data.world_pairs is not None:
         data = replace(data, sources=(str(make_world_pairs(config, accelerator)),))
@@ -73,7 +77,7 @@ def _prepare(config: RunConfig, family: DenoisingFamily, accelerator: Accelerato
         check(data, source)
         report = DataReport(source=source.facts())
         family.load(ENCODERS)
-        preparer = Preparer(data, config.seed, family.resolution_step)
+        preparer = Preparer(data, config.seed, family.resolution_step, family.resampling)
         with contextlib.closing(_records(data, source, report, facts_read(config))) as records:
             live = LivePairs(records, preparer, family, report, config.cache.workers, data.max_pairs)
         check_usable(report, data.max_unusable, source.id)
@@ -182,7 +186,7 @@ def build(
     config: RunConfig,
     data: DataConfig,
     source: Source,
-    family: DenoisingFamily,
+    family: EncodingFamily,
     accelerator: Accelerator,
     wanted: dict[str, object],
 ) -> Prepared:

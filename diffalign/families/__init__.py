@@ -1,7 +1,8 @@
 """Model families: one file each. A family knows how its models are loaded, conditioned, called and sampled.
 
 What all have in common is `Family`. A denoising family turns prompts into a dict of tensors and images into latents, and
-`predict` returns the network's own prediction for noisy latents. A language model's family has a tokenizer instead.
+`predict` returns the network's own prediction for noisy latents. A language model's family has a tokenizer instead, and a
+reward model's looks at pictures as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Family(ABC):
     """
 
     title: ClassVar[str]  # for `diffalign list families`
-    modality: ClassVar[Literal["image", "text"]]
+    modality: ClassVar[Literal["image", "text", "reward"]]
     kind: ClassVar[Kind]  # of its scores
     attention_backends: ClassVar[tuple[str, ...]] = ("default",)  # what `training.attention` may name
 
@@ -72,20 +73,63 @@ class Family(ABC):
         """The network that is trained."""
 
 
-class DenoisingFamily(Family):
-    """A diffusion or flow model: images become latents, and the network predicts what was added to them."""
+class EncodingFamily(Family):
+    """A model that is trained on pairs of images: what the readers, the cache and the uncached path ask of it.
 
-    modality: ClassVar = "image"
-    kind: ClassVar = Kind.BOUND
+    Images are encoded once, before training, into whatever the network takes ("latents").
+    """
+
     resolution_step: ClassVar[int]  # image sides are multiples of this
     frame_step: ClassVar[int] = 0  # clips have 1 + a multiple of this many frames; 0: still images only
-    unconditional: ClassVar[bool] = True  # False: distilled, without a branch for classifier-free guidance
-    linspace_sigmas: ClassVar[bool] = False  # the stock pipeline gives its scheduler sigmas evenly spaced from 1
-    timestep_sampling: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"  # how the model was trained
+    resampling: ClassVar[Literal["bilinear", "bicubic"]] = "bilinear"  # how images are resized to the training size
 
     def park(self, *parts: str) -> None:
         """Free the device's memory of parts until they are loaded again. The base drops them."""
         self.unload(*parts)
+
+    @classmethod
+    def check_frames(cls, frames: int, setting: str = "data.num_frames") -> None:
+        """Refuse a number of frames that the model has no latents for.
+
+        Raises:
+            ConfigError: with the nearest numbers that it has.
+        """
+        if frames == 1 or (frames > 1 and cls.frame_step and frames % cls.frame_step == 1):
+            return
+        if not cls.frame_step:
+            raise ConfigError(f"{setting}: got {frames}; this family makes still images, expected 1")
+        below = max(0, frames - 1) // cls.frame_step * cls.frame_step + 1
+        near = f"{below} or {below + cls.frame_step}" if frames > 1 else "1"
+        raise ConfigError(f"{setting}: got {frames}; expected 1 + a multiple of {cls.frame_step}, such as {near}")
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """What determines encoded images and prompts: ids or hashes of VAE, text encoders and tokenizers."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Text conditioning as the stock pipeline computes it; tensors of shape (len(prompts), ...)."""
+
+    @abstractmethod
+    def count_tokens(self, prompt: str) -> tuple[int, int]:
+        """(tokens of the prompt, tokens the encoders can take); what is beyond is cut off."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """RGB in [-1, 1], shape (B, 3, H, W), to scaled latents (B, C, h, w): the posterior mean, about unit variance.
+
+        Families that make clips take (B, 3, F, H, W), too, and give (B, C, F', h, w); an image is a clip of one frame.
+        """
+
+
+class DenoisingFamily(EncodingFamily):
+    """A diffusion or flow model: images become latents, and the network predicts what was added to them."""
+
+    modality: ClassVar = "image"
+    kind: ClassVar = Kind.BOUND
+    unconditional: ClassVar[bool] = True  # False: distilled, without a branch for classifier-free guidance
+    linspace_sigmas: ClassVar[bool] = False  # the stock pipeline gives its scheduler sigmas evenly spaced from 1
+    timestep_sampling: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"  # how the model was trained
 
     @classmethod
     def check_guidance(cls, config: ModelConfig, scale: float) -> None:
@@ -116,21 +160,6 @@ class DenoisingFamily(Family):
         """How fast the clips play that it makes."""
         return 8
 
-    @classmethod
-    def check_frames(cls, frames: int, setting: str = "data.num_frames") -> None:
-        """Refuse a number of frames that the model has no latents for.
-
-        Raises:
-            ConfigError: with the nearest numbers that it has.
-        """
-        if frames == 1 or (frames > 1 and cls.frame_step and frames % cls.frame_step == 1):
-            return
-        if not cls.frame_step:
-            raise ConfigError(f"{setting}: got {frames}; this family makes still images, expected 1")
-        below = max(0, frames - 1) // cls.frame_step * cls.frame_step + 1
-        near = f"{below} or {below + cls.frame_step}" if frames > 1 else "1"
-        raise ConfigError(f"{setting}: got {frames}; expected 1 + a multiple of {cls.frame_step}, such as {near}")
-
     @property
     @abstractmethod
     def schedule(self) -> Schedule:
@@ -140,28 +169,9 @@ class DenoisingFamily(Family):
     def stock_scheduler(self) -> Any:
         """The model's own diffusers scheduler."""
 
-    @abstractmethod
-    def fingerprint(self) -> dict[str, str]:
-        """What determines encoded images and prompts: ids or hashes of VAE, text encoders and tokenizers."""
-
-    @abstractmethod
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Text conditioning as the stock pipeline computes it; tensors of shape (len(prompts), ...)."""
-
     def encode_negative(self, prompt: str) -> Conditioning:
         """Text conditioning of the unconditional branch, batch 1."""
         return self.encode_prompts([prompt])
-
-    @abstractmethod
-    def count_tokens(self, prompt: str) -> tuple[int, int]:
-        """(tokens of the prompt, tokens the encoders can take); what is beyond is cut off."""
-
-    @abstractmethod
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """RGB in [-1, 1], shape (B, 3, H, W), to scaled latents (B, C, h, w): the posterior mean, about unit variance.
-
-        Families that make clips take (B, 3, F, H, W), too, and give (B, C, F', h, w); an image is a clip of one frame.
-        """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Jobs: what the trainer must know about a modality.
 
 The trainer owns the loop, the optimiser, checkpoints and metrics. A job owns the data, the policy, the scores and what
-people look at in the end. There is one for images and one for texts.
+people look at in the end. There is one for images, one for texts, and one for
+reward models.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffalign import adapters
 from diffalign.config import RunConfig
 from diffalign.families import Family
 from diffalign.losses import LossOut, Objective
@@ -73,6 +75,10 @@ class Job(ABC):
     @abstractmethod
     def load(self) -> nn.Module:
         """The network, configured for training, without adapters."""
+
+    def attach(self, network: nn.Module) -> list[nn.Parameter]:
+        """Make trainable what is trained, and return it: by default a fresh adapter."""
+        return adapters.attach(network, self.config.lora, seed=self.config.seed)
 
     @abstractmethod
     def start(self, network: nn.Module, bare: nn.Module, reference: Reference) -> None:
@@ -148,6 +154,10 @@ def open_job(config: RunConfig, accelerator: Accelerator, family: Family) -> Job
         from diffalign.jobs.text import TextJob
 
         return TextJob(config, accelerator, family)
+    if family.modality == "reward":
+        from diffalign.jobs.reward import RewardJob
+
+        return RewardJob(config, accelerator, family)
     from diffalign.jobs.image import ImageJob
 
     return ImageJob(config, accelerator, family)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         games,
         group_objective,
         hybrid,
+        judging,
         layouts,
         links,
         pairing,
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from diffalign.losses.fine_grained import OSPO, RRPO, TDPO1, TDPO2, SparsePO
     from diffalign.losses.games import DNO, GPO, INPO, SPPO, XPO, NashMD, OnlineIPO
     from diffalign.losses.hybrid import DPOP, POVID, RPO, FlexDPO, HyPO, IterativeRPO, RationaleDPO, RealignRDPO, UVCoT
+    from diffalign.losses.judging import BradleyTerry, BradleyTerryTies, GeneralPreference, PickScoreLoss
     from diffalign.losses.pairwise import (
         DPO,
         EXO,
@@ -300,6 +302,12 @@ FAMILIES: dict[str, dict[str, str]] = {
         "uniform_mle": "UniformMLE",
         "f_sft": "FDivergenceSFT",
     },
+    "judging": {
+        "bradley_terry": "BradleyTerry",
+        "pickscore": "PickScoreLoss",
+        "bradley_terry_ties": "BradleyTerryTies",
+        "general_preference": "GeneralPreference",
+    },
     "diffusion": {
         "ddim_inpo": "DDIMInPO",
         "smpo": "SmPO",
@@ -350,6 +358,7 @@ _MODULES = (
     "games",
     "group_objective",
     "hybrid",
+    "judging",
     "layouts",
     "links",
     "pairing",

@@ -66,6 +66,10 @@ _WHY: Mapping[Cap, Mapping[Kind, str]] = {
         Kind.TOKEN: "it is a function of a denoising error",
         Kind.STEP: "it is a function of a denoising error",
     },
+    Cap.JUDGEMENT: dict.fromkeys(
+        (Kind.TOKEN, Kind.STEP, Kind.BOUND),
+        "it reads what a reward model says, and these are log-likelihoods of a policy",
+    ),
     Cap.RESIDUAL: {
         Kind.TOKEN: "it works on the prediction of a denoising network, element by element",
         Kind.STEP: "it works on the prediction of a denoising network, element by element",
@@ -76,10 +80,17 @@ _WHY: Mapping[Cap, Mapping[Kind, str]] = {
         Kind.BOUND: "it follows the gradient of a reward through the sampler and has no use for denoising errors",
     },
 }
-_NOT_REWARDS = (
-    "a reward that is followed by its gradient is no likelihood",
-    "use an objective that back-propagates rewards, such as 'draft'",
-)
+# Kinds that are no likelihoods of anything: why, and what to take there instead.
+_NO_POLICY: Mapping[Kind, tuple[str, str]] = {
+    Kind.REWARD: (
+        "a reward that is followed by its gradient is no likelihood",
+        "use an objective that back-propagates rewards, such as 'draft'",
+    ),
+    Kind.JUDGE: (
+        "a reward model's scores are no log-likelihoods of a policy, and have no reference",
+        "use 'bradley_terry'",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +249,8 @@ class Objective(ABC):
     def check_caps(self, kind: Kind) -> None:
         """Refuse a kind of score that lacks what this objective needs; see `check`."""
         missing = sorted(self.required_caps(kind) - CAPABILITIES[kind], key=lambda c: c.name)
-        if missing and kind is Kind.REWARD:
-            raise IncompatibleObjective(self.name, kind, *_NOT_REWARDS)
+        if missing and kind in _NO_POLICY:
+            raise IncompatibleObjective(self.name, kind, *_NO_POLICY[kind])
         if missing:
             reasons = [_WHY.get(cap, {}).get(kind, f"needs {cap.value}") for cap in missing]
             raise IncompatibleObjective(self.name, kind, "; ".join(dict.fromkeys(reasons)), self.instead)

@@ -26,12 +26,14 @@ class Kind(str, Enum):
     BOUND: minus one half of a denoising error at a (t, noise) shared by everything that is compared; only differences
         mean something, and their scale is arbitrary.
     REWARD: a differentiable reward of a sampled image, whose gradient goes on into the sampler; no likelihood of anything.
+    JUDGE: what a reward model that is trained says of an item, in the model's own unit; it has no reference.
     """
 
     TOKEN = "token"
     STEP = "step"
     BOUND = "bound"
     REWARD = "reward"
+    JUDGE = "judge"
 
 
 class Cap(str, Enum):
@@ -48,13 +50,15 @@ class Cap(str, Enum):
     ERROR = "a denoising error per row"
     RESIDUAL = "prediction errors element by element"
     REWARD = "rewards with a gradient to the image"
+    JUDGEMENT = "what a reward model says of an item"
 
 
 CAPABILITIES: Mapping[Kind, frozenset[Cap]] = {
-    Kind.TOKEN: frozenset(Cap) - {Cap.ERROR, Cap.RESIDUAL, Cap.REWARD},
+    Kind.TOKEN: frozenset(Cap) - {Cap.ERROR, Cap.RESIDUAL, Cap.REWARD, Cap.JUDGEMENT},
     Kind.STEP: frozenset({Cap.DIFFERENCE, Cap.ABSOLUTE, Cap.RATIO, Cap.UNITS, Cap.IMITATION}),
     Kind.BOUND: frozenset({Cap.DIFFERENCE, Cap.UNITS, Cap.IMITATION, Cap.ERROR, Cap.RESIDUAL}),
     Kind.REWARD: frozenset({Cap.REWARD}),
+    Kind.JUDGE: frozenset({Cap.JUDGEMENT, Cap.UNITS}),
 }
 
 
@@ -312,6 +316,17 @@ class Scores:
     def rewards(cls, reward: Tensor, **more: Any) -> Scores:
         """Rewards of sampled images, (N,); gradient flows to the images and on into the sampler."""
         return cls(kind=Kind.REWARD, theta=reward, **more)
+
+    @classmethod
+    def judged(cls, theta: Tensor, embedding: Tensor | None = None) -> Scores:
+        """Scores of a reward model.
+
+        Args:
+            theta: what it says of every row, (N,), gradient flows.
+            embedding: of general preferences, (N, 2 k), gradient flows; then theta is only shown.
+        """
+        units = None if embedding is None else Units(theta=embedding, mask=torch.ones_like(embedding, dtype=torch.bool))
+        return cls(kind=Kind.JUDGE, theta=theta, units=units)
 
     def log_ratio(self) -> Tensor:
         """theta - ref per row, (N,).

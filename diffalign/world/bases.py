@@ -7,6 +7,7 @@ A base is an ordinary diffusers pipeline folder. `tiny-sdxl` and `tiny-sd3` are 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,8 +31,12 @@ MAX_TOKENS = 20
 LATENT_CHANNELS = 20
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the world is one token and any other text still encodes."""
+def build_tokenizer(words: Sequence[str] = ()) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the world is one token and any other text still encodes.
+
+    Args:
+        words: more words that are to be one token each.
+    """
     trainer = trainers.BpeTrainer(
         vocab_size=2000,
         min_frequency=1,
@@ -42,7 +47,7 @@ def build_tokenizer() -> CLIPTokenizer:
     )
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    learner.train_from_iterator([spec.caption() for spec in all_specs()], trainer)
+    learner.train_from_iterator([spec.caption() for spec in all_specs()] + list(words), trainer)
     learnt = json.loads(learner.to_str())["model"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = sorted(learnt["vocab"], key=learnt["vocab"].get)
