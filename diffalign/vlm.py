@@ -135,12 +135,19 @@ def read_questions(path: str | Path, modes: Sequence[str] = MODES) -> Questions:
     Raises:
         ConfigError: what was got and what is possible.
     """
-    where = f"questions {path}"
+    return parse_questions(read_yaml(path), f"questions {path}", modes)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file of questions holds.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{where} cannot be read: {error}") from error
-    return parse_questions(tree, where, modes)
+        raise ConfigError(f"questions {path} cannot be read: {error}") from error
 
 
 def parse_questions(tree: Any, where: str, modes: Sequence[str] = MODES) -> Questions:

@@ -59,6 +59,9 @@ class Backend(Protocol):
     def texts(self, requests: Sequence[Request], most: int) -> list[str]:
         """Each answer as a text of at most `most` tokens, the most probable token at every place."""
 
+    def speaks(self, word: str) -> bool:
+        """Whether a word, in lower case, can be one token, as far as that is known."""
+
 
 def plain(token: str) -> str:
     """A token without the blanks, of whatever tokeniser, around it."""
@@ -138,6 +141,9 @@ class ServerBackend:
 
     def texts(self, requests: Sequence[Request], most: int) -> list[str]:
         return self._all(lambda request: self._read_text(self._ask(request, {"max_tokens": most})), requests)
+
+    def speaks(self, word: str) -> bool:
+        return True  # a server does not tell its vocabulary
 
     def _all(self, one: Callable[[Request], T], requests: Sequence[Request]) -> list[T]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="vlm")
@@ -236,7 +242,7 @@ class LocalBackend:
 
     @torch.no_grad()
     def first_tokens(self, requests: Sequence[Request], words: Collection[str]) -> list[dict[str, float]]:
-        if unknown := sorted(word for word in words if word not in self._words):
+        if unknown := sorted(word for word in words if not self.speaks(word)):
             raise RewardError(
                 f"vlm: {unknown[0]!r} is not one token of {self.model!r}, so that its probability cannot be read; "
                 "ask for other answers or take another model"
@@ -262,6 +268,9 @@ class LocalBackend:
             new = answer[:, inputs["input_ids"].shape[1] :]
             found += self.processor.batch_decode(new, skip_special_tokens=True)
         return found
+
+    def speaks(self, word: str) -> bool:
+        return word in self._words
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
         for start in range(0, len(requests), self.batch):
