@@ -291,6 +291,7 @@ class Judge:
         backend: Backend | None = None,
     ) -> None:
         self.questions, self.asked, self.failed = questions, 0, 0
+        self._told_of_mass = False
         self.backend = backend or connect(questions, device, dtype)
         self.model = self.backend.model
 
@@ -323,7 +324,8 @@ class Judge:
         said = [", ".join(repr(token) for token in _best(top)) or "nothing" for top in tops]
         self.account(prompts, [answer.value for answer in answers], said)
         masses = [answer.mass for answer in answers if not math.isnan(answer.value)]
-        if masses and (mean := math.fsum(masses) / len(masses)) < LOW_MASS:
+        if masses and not self._told_of_mass and (mean := math.fsum(masses) / len(masses)) < LOW_MASS:
+            self._told_of_mass = True
             log.warning("vlm: the expected tokens have only %.2f of the probability; does the model think first?", mean)
         return answers
 
@@ -353,7 +355,8 @@ class Judge:
         """Count answers, and tell of those that could not be read what the model said instead."""
         lost = [i for i, value in enumerate(values) if math.isnan(value)]
         self.asked, self.failed = self.asked + len(values), self.failed + len(lost)
-        if lost:
+        before = self.failed - len(lost)
+        if lost and self.failed.bit_length() > before.bit_length():  # at 1, 2, 4, ...: questions may come one by one
             log.warning(
                 "vlm: %d of %d answers could not be read; to %r the model says %s",
                 self.failed,

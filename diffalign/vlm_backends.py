@@ -146,6 +146,8 @@ class ServerBackend:
         return True  # a server does not tell its vocabulary
 
     def _all(self, one: Callable[[Request], T], requests: Sequence[Request]) -> list[T]:
+        if len(requests) == 1:  # asked from a thread of the caller's
+            return [one(requests[0])]
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="vlm")
         try:
             return list(pool.map(one, requests))
