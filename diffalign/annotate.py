@@ -112,6 +112,9 @@ class Annotated:
         for key, text in _annotate_report.SHARES.items():
             if facts.get(key) is not None:
                 lines.append(f"{text}: {facts[key]['share']:.3f} of {facts[key]['of']:,}")
+        for name, share in facts.get("between", {}).items():
+            if share is not None:
+                lines.append(f"agreement with {name}: {share['share']:.3f} of {share['of']:,}")
         if facts.get("bias") is not None:
             lines.append(f"bias of the place: {facts['bias']:.3f}")
         return "\n".join([*lines, self.report.summary()])

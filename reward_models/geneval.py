@@ -13,6 +13,7 @@ metadata `include`, `exclude` and `tag`, else from the words of prompts like Gen
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,9 +81,7 @@ class GenEval(Reward):
         verdicts = []
         for image, wanted, found in zip(images, promised, self.detector(images), strict=True):
             kept = rules.keep(found, str(wanted.get("tag", "")))
-            verdicts.append(
-                rules.judge(kept, wanted, lambda name, things, image=image: self.colours(image, name, things))
-            )
+            verdicts.append(rules.judge(kept, wanted, functools.partial(self.colours, image)))
         table = {way: torch.tensor([float(getattr(verdict, way)) for verdict in verdicts]) for way in WAYS}
         self._parts = {way: values for way, values in table.items() if way != self.way}
         return table[self.way].to(images.device)
