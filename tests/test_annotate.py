@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -299,6 +299,37 @@ def test_a_judge_is_asked_in_both_orders(run: Run, tmp_path: Path) -> None:
         file = judged(tmp_path, url, mode="verdict")
         assert "2 pairs: first better 1" in run(source, "--judge", file, "--ties", "drop")
         assert vlm_process.stats(url)["answered"] == 12  # another question
+
+
+def test_a_local_judge_is_asked_in_batches(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Local:
+        model = "brightness"
+        batches: ClassVar[list[int]] = []
+
+        def first_tokens(self, requests: Any, words: Any) -> list[dict[str, float]]:
+            self.batches.append(len(requests))
+            if any(request.about == "odd" for request in requests):
+                return [{"hm": -0.1} for _ in requests]
+            first = [float(r.pictures[0].mean() - r.pictures[1].mean()) for r in requests]
+            return [{"A": math.log(0.5 + d / 2), "b": math.log(0.5 - d / 2)} for d in first]
+
+    monkeypatch.setattr("diffalign.vlm.connect", lambda *_: Local())
+    for name, value in (("a", 0.2), ("b", 0.8), ("c", 0.3)):
+        grey(tmp_path / "img" / f"{name}.png", value)
+    (tmp_path / "img" / "torn.png").write_bytes(b"no picture")
+    pairs = [("p", "a", "b"), ("q", "a", "c"), ("r", "b", "torn"), ("odd", "b", "a")]
+    rows = [{"prompt": p, "image_0": f"img/{a}.png", "image_1": f"img/{b}.png"} for p, a, b in pairs]
+    (tmp_path / "judge.yaml").write_text("{local: somewhere, mode: pair, batch: 2}")
+    source = write(tmp_path / "pairs.jsonl", rows)
+    said = run(source, "--judge", "judge.yaml", "--margin", "0.1")
+    assert Local.batches == [2, 2, 2]  # none about what cannot be read
+    got = lines(tmp_path / "out" / "pairs.jsonl")
+    assert [row["label_0"] for row in got] == [0, 0.5]  # 0.05 from 1/2 is within the margin
+    assert got[0]["orders"] == [pytest.approx(0.2, abs=2e-3)] * 2
+    assert "1 undecodable" in said
+    assert "1 noted as no_answer" in said
+    run(source, "--judge", "judge.yaml", "--margin", "0.1")
+    assert Local.batches == [2, 2, 2]  # an answer that could not be read is not asked for again
 
 
 def test_a_judge_that_dies_leaves_what_it_said(run: Run, tmp_path: Path) -> None:
