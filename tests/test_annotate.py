@@ -235,6 +235,19 @@ def test_nothing_is_scored_twice(run: Run, tmp_path: Path, level: str) -> None:
     assert len({row["key"] for row in lines(journal)}) == len(lines(journal)) == 5
 
 
+def test_answers_belong_to_picture_and_prompt(run: Run, tmp_path: Path) -> None:
+    likes = LEVEL.replace(
+        "level = images.mean((1, 2, 3))", "level = (images.mean((1, 2, 3)) - 0.5) * len(prompts[0]) - 3"
+    )
+    (tmp_path / "likes.py").write_text(likes.replace("(0.0, 1.0)", "(-9.0, 9.0)"))
+    for name, value in (("a", 0.2), ("b", 0.8)):
+        grey(tmp_path / "img" / f"{name}.png", value)
+    rows = [{"prompt": p, "image_0": "img/a.png", "image_1": "img/b.png"} for p in ("p", "pppppppppp")]
+    run(write(tmp_path / "pairs.jsonl", rows), "--reward", "likes.py", "--batch-size", "1")
+    short, long = (row["rewards"] for row in lines(tmp_path / "out" / "pairs.jsonl"))
+    assert long[1][0] - long[0][0] == pytest.approx(10 * (short[1][0] - short[0][0]), rel=1e-3)
+
+
 def test_nothing_to_compare(run: Run, tmp_path: Path, level: str) -> None:
     source = write(tmp_path / "rows.jsonl", [{"image": str(grey(tmp_path / "a.png", 0.5)), "prompt": "p"}])
     assert "nothing in" in run(source, "--reward", level, code=2)
