@@ -139,6 +139,28 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--grid", help="the best and the worst: .html or .png")
     score.add_argument("--show", type=int, default=12, help="how many of each (default: 12)")
     score.add_argument("--statistics", help="write what the reward 'mix' needs to standardise and rank: .json")
+    label = add("annotate", run_annotate, "label pairs of pictures by a reward or a judge, for training", config=False)
+    label.add_argument("source", help="pairs or pictures with prompts: a folder, or a JSONL, JSON, CSV or parquet file")
+    label.add_argument("--reward", action="append", default=[], help="several times for several; the first decides")
+    label.add_argument("--judge", help="a file of questions of mode pair or verdict, asked in both orders")
+    label.add_argument("--out", required=True, help="folder for pairs.jsonl, images, report and answers")
+    label.add_argument(
+        "--pairs", help="of the pictures of a prompt: best_worst (default of rewards), all (of a judge) or ring"
+    )
+    label.add_argument("--margin", type=float, default=0.0, help="differences of at most this are ties (default: 0)")
+    label.add_argument(
+        "--ties", choices=["keep", "drop"], default="keep", help="label 0.5, or left out (default: keep)"
+    )
+    label.add_argument(
+        "--inconsistent", choices=["tie", "drop"], default="tie", help="where the orders disagree (default: tie)"
+    )
+    label.add_argument("--prompts", help="of a folder: a file with a prompt a line, in the order of the names")
+    label.add_argument("--prompt", help="one prompt for all pictures")
+    label.add_argument("--image-column", help="of a file with one picture a row; default: image, file, file_name, ...")
+    label.add_argument("--prompt-column", help="of a file; default: prompt, caption or text")
+    label.add_argument("--metadata", action="append", default=[], help="a column that the rewards get; several times")
+    label.add_argument("--device", default="auto", help="default: the first GPU, or the CPU")
+    label.add_argument("--batch-size", type=int, default=32, help="pictures scored at a time (default: 32)")
     serve = add("serve-reward", run_serve_reward, "host a reward over HTTP, for the reward 'remote'", config=False)
     serve.add_argument("name", help="a reward of pictures or of texts, as it is named in a config")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
@@ -466,6 +488,35 @@ def run_score(args: argparse.Namespace) -> int:
     if args.statistics:
         score.write_statistics(Path(args.statistics), scored)
         print(f"statistics: {args.statistics}")
+    return 0
+
+
+def run_annotate(args: argparse.Namespace) -> int:
+    from diffalign import annotate, reward_server, score
+
+    settings = annotate.Settings(
+        source=score.Settings(
+            source=Path(args.source),
+            rewards=tuple(args.reward),
+            prompts=Path(args.prompts) if args.prompts else None,
+            prompt=args.prompt,
+            image_column=args.image_column,
+            prompt_column=args.prompt_column,
+            metadata=tuple(args.metadata),
+            device=reward_server.check_device(args.device),
+            batch_size=args.batch_size,
+        ),
+        out=Path(args.out),
+        judge=Path(args.judge) if args.judge else None,
+        pairs=args.pairs,
+        margin=args.margin,
+        ties=args.ties,
+        inconsistent=args.inconsistent,
+    )
+    annotate.check(settings)
+    result = annotate.annotate(settings)
+    print(result.summary())
+    print(f"pairs: {settings.out / 'pairs.jsonl'} (data.format=jsonl); report: {settings.out / 'report.html'}")
     return 0
 
 

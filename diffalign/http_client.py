@@ -1,8 +1,8 @@
 """Requests to a server of scores that may be slow, busy or gone for a while: time-outs, retries, waiting.
 
-Connection errors, time-outs and the answers 502, 503 and 504 are tried again, with exponential back-off and jitter, until
-`wait` seconds have passed since the first failure of a request; a `Retry-After` is honoured. Every other answer that is
-not 200 is final: what was asked is wrong, and asking again does not mend it. Proxies of the environment are not used.
+Connection errors, time-outs and the answers 429, 502, 503 and 504 are tried again, with exponential back-off and jitter,
+until `wait` seconds have passed since the first failure of a request; a `Retry-After` is honoured. Every other answer that
+is not 200 is final: what was asked is wrong, and asking again does not mend it. Proxies of the environment are not used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffalign.errors import ConfigError, UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-PASSING = {502: "bad gateway", 503: "busy", 504: "gateway time-out"}  # may be over in a moment
+PASSING = {429: "too many requests", 502: "bad gateway", 503: "busy", 504: "gateway time-out"}  # may soon be over
 MOST_BYTES = 64 << 20  # of an answer
 LONGEST_PAUSE = 30.0  # seconds between two tries, unless the server names another
 

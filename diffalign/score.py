@@ -195,7 +195,7 @@ def read(settings: Settings, report: DataReport) -> Iterator[Picture]:
     Raises:
         DataError: a folder without pictures or prompts.
     """
-    rows = _of_folder(settings) if settings.source.is_dir() else _of_file(settings, report)
+    rows = folder_rows(settings) if settings.source.is_dir() else _of_file(settings, report)
     for row, picture in rows:
         report.read()
         if isinstance(picture, BadRow):
@@ -209,7 +209,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in found if p.is_file())
 
 
-def _of_folder(settings: Settings) -> Iterator[tuple[int, Picture | BadRow]]:
+def folder_rows(settings: Settings) -> Iterator[tuple[int, Picture | BadRow]]:
+    """(row, picture) of every picture of a folder.
+
+    Raises:
+        DataError: no pictures, or no prompts.
+    """
     files = _files(settings.source)
     if not files:
         raise DataError(f"score: {settings.source} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -243,30 +248,35 @@ def _of_file(settings: Settings, report: DataReport) -> Iterator[tuple[int, Pict
     try:
         for number, values in raw_rows(settings.source):
             try:
-                yield number, values if isinstance(values, BadRow) else _of_row(settings, number, values)
+                yield number, values if isinstance(values, BadRow) else file_row(settings, number, values)
             except BadRow as bad:
                 yield number, bad
     except UnreadableShard as error:
         report.bad_shard(settings.source.name, str(error))
 
 
-def _of_row(settings: Settings, row: int, values: dict[str, Any]) -> Picture:
+def file_row(settings: Settings, row: int, values: dict[str, Any]) -> Picture:
+    """The picture of one row of a file.
+
+    Raises:
+        BadRow: no picture or prompt in it.
+    """
     column = settings.image_column or next((c for c in IMAGE_COLUMNS if values.get(c) is not None), IMAGE_COLUMNS[0])
     image = values.get(column)
     if image is None:
         known = settings.image_column or ", ".join(IMAGE_COLUMNS)
         raise BadRow("missing_image", f"no column {known}; there are {', '.join(values)}")
-    name = f"row {row}"
-    if isinstance(image, dict):  # of a Hugging Face data set
-        name = str(image.get("path") or name)
-        image = image.get("bytes") or image.get("path")
-    data: Path | bytes
-    if isinstance(image, bytes) and image:
-        data = image
-    elif isinstance(image, str) and Path(image).is_absolute():
-        name, data = image, Path(image)
-    else:
-        name, data = str(image), inside(settings.source.parent, image, column)
+    name, data = locate(image, settings.source.parent, row, column)
+    prompt, metadata = words_of(settings, values)
+    return Picture(row, name, data, prompt, metadata)
+
+
+def words_of(settings: Settings, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Prompt and metadata of one row of a file.
+
+    Raises:
+        BadRow: one of them is not there.
+    """
     prompt = settings.prompt
     if prompt is None:
         column = settings.prompt_column or next((c for c in PROMPT_COLUMNS if c in values), PROMPT_COLUMNS[0])
@@ -274,10 +284,27 @@ def _of_row(settings: Settings, row: int, values: dict[str, Any]) -> Picture:
     missing = [key for key in settings.metadata if key not in values]
     if missing:
         raise BadRow("missing_metadata", f"no column {', '.join(missing)}")
-    return Picture(row, name, data, prompt, {key: values[key] for key in settings.metadata})
+    return prompt, {key: values[key] for key in settings.metadata}
 
 
-def _decode(picture: Picture) -> Tensor:
+def locate(image: Any, folder: Path, row: int, column: str) -> tuple[str, Path | bytes]:
+    """Name and file, or bytes, of a picture in a cell: a path from `folder`, an absolute one, bytes, or a struct of both.
+
+    Raises:
+        BadRow: none of these, or no such file.
+    """
+    name = f"row {row}"
+    if isinstance(image, dict):  # of a Hugging Face data set
+        name = str(image.get("path") or name)
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes) and image:
+        return name, image
+    if isinstance(image, str) and Path(image).is_absolute():
+        return image, Path(image)
+    return str(image), inside(folder, image, column)
+
+
+def decode(picture: Picture) -> Tensor:
     """uint8 RGB (3, H, W), upright, transparency on white.
 
     Raises:
@@ -312,7 +339,7 @@ def score(settings: Settings) -> Scored:
         waiting: dict[tuple[int, int], list[tuple[Picture, Tensor]]] = {}
         for picture in read(settings, result.report):
             try:
-                image = _decode(picture)
+                image = decode(picture)
             except BadRow as bad:
                 result.report.skip(
                     str(picture.row), bad.reason, bad.detail, shard=settings.source.name, row=picture.row

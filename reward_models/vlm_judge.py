@@ -1,12 +1,12 @@
-"""A vision-language model on a server as judge: probability of "yes", or expected rating, from log-probabilities.
+"""A vision-language model as judge: probability of "yes", or expected rating, from log-probabilities.
 
-`vlm_judge:questions.yaml` asks what the file says of the server that it names; `diffalign.vlm` describes the file, how
-answers are read, and how pairs are compared. An answer that cannot be read is NaN, refused where a score is needed.
+`vlm_judge:questions.yaml` asks what the file says of the server or the local model that it names; `diffalign.vlm` describes
+the file, how answers are read, and how pairs are compared. An answer that cannot be read is NaN, refused where a score is
+needed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -19,29 +19,28 @@ from diffalign.rewards import Reward
 
 
 class VLMJudge(Reward):
-    """What a vision-language model on an OpenAI-compatible server answers to a question about picture and prompt."""
+    """What a vision-language model, on a server or here, answers to a question about picture and prompt."""
 
     range = (0.0, 9.0)
     unit = "yes_no: probability of yes among yes and no; rating: expected rating from 1 to the scale (5 by default)"
     differentiable = False
     weights = None
-    licence = "that of the model on the server"
+    licence = "that of the model that is asked"
     gap = (
-        "probabilities are over the tokens that the server tells, 20 by default; servers with a generation configuration of "
-        "their own may change them (vLLM: --generation-config vllm)"
+        "on a server probabilities are over the tokens that it tells, 20 by default; one with a generation configuration "
+        "of its own may change them (vLLM: --generation-config vllm)"
     )
     argument = "YAML file of questions (see diffalign.vlm)"
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, file: str = "") -> None:
-        self.judge = vlm.Judge(_read(file))
+        self.judge = vlm.Judge(_read(file), device, dtype)
 
     @classmethod
     def check_argument(cls, argument: str | None) -> None:
         _read(argument or "")
 
     def identity(self) -> str:
-        facts = dataclasses.asdict(self.judge.questions) | {"model": self.judge.model}
-        return json.dumps({key: value for key, value in facts.items() if key not in ("server", "workers")})
+        return json.dumps(self.judge.identity())
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
         answers = self.judge.ask([[image] for image in images], prompts)
@@ -52,7 +51,7 @@ def _read(file: str) -> vlm.Questions:
     if not file:
         raise ConfigError("reward vlm_judge: no questions; write vlm_judge:questions.yaml")
     questions = vlm.read_questions(file)
-    if questions.mode == "pair":
+    if questions.mode in vlm.PAIR_MODES:
         raise ConfigError(
             f"reward vlm_judge: {file} asks about pairs, which are no scores; mode: yes_no or rating expected"
         )

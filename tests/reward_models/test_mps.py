@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rewards_support import check_batches, check_gradient, enlarge, pictures
+from rewards_support import check_batches, check_gradient, enlarge, pictures, to_pil
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu, softmax
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from diffalign import rewards
 from diffalign.errors import ConfigError
@@ -143,6 +143,22 @@ def test_score_is_the_formula(published, threshold: float):
     ]
     assert score(made, pictures(), PROMPTS).tolist() == pytest.approx(wanted, abs=1e-3)
     assert torch.tensor(wanted).std() > 0.1
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 59), (59, 40), (41, 41), (20, 33)])
+def test_pictures_reach_the_tower_as_in_the_original(reward: MPS, height: int, width: int):
+    """The Pillow processor of transformers; 40 x 59 becomes 24 x 35, of which 5.5 pixels are cut on each side."""
+    seen: list[Tensor] = []
+    hook = lambda module, args, kwargs: seen.append(kwargs["pixel_values"])  # noqa: E731
+    handle = reward.clip.vision_model.register_forward_pre_hook(hook, with_kwargs=True)
+    images = pictures(3, height, width)
+    score(reward, images, PROMPTS[:3])
+    handle.remove()
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    wanted = processor(images=[to_pil(image) for image in images], return_tensors="pt").pixel_values
+    apart = ((seen[0] - wanted) * torch.tensor(rewards.CLIP_STD).view(3, 1, 1) * 255).abs()
+    assert apart.max() < 2.1  # steps of the 8-bit grid
+    assert (apart > 1.1).float().mean() < 1e-3
 
 
 def test_the_threshold_masks_some_words(published, reward: MPS):
