@@ -64,10 +64,11 @@ class JudgeBatch:
     aspect: Tensor | None = None
 
     def to(self, device: torch.device) -> JudgeBatch:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return JudgeBatch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        )
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
+            for f in dataclasses.fields(self)
+        }
+        return JudgeBatch(**moved)
 
     @property
     def prompt(self) -> Tensor:
@@ -118,7 +119,7 @@ class RewardJob(Job):
         self.autocast = self.accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
         self.settings = self._settings()
         self.aspects = self.settings.head == "aspects"
-        prepared = prepare(config, self.family, self.accelerator)  # type: ignore[arg-type]
+        prepared = prepare(config, self.family, self.accelerator)
         if self.accelerator.is_main_process:
             prepared.report.write(self.run_dir / REPORT)
         self.data = prepared.data
