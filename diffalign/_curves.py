@@ -64,7 +64,19 @@ def curves(run: RunData) -> str:
     if not run.rows:
         return missing("No metrics yet.")
     cut = missing(f"{run.unreadable_lines} line(s) of metrics.jsonl could not be read.") if run.unreadable_lines else ""
-    return cards([_chart(run, chart) for chart in CHARTS]) + cut
+    return cards([_chart(run, chart) for chart in (*watched([run]), *CHARTS)]) + cut
+
+
+def watched(runs: Sequence[RunData]) -> list[Chart]:
+    """Gains of the rewards that were looked at during training, which other runs may not have."""
+    gains = dict.fromkeys(
+        name for run in runs for row in run.rows for name in row if name.startswith("eval/") and name.endswith("/gain")
+    )
+    charts = [
+        Chart(f"Gain in {name.split('/', 1)[1].rsplit('/', 1)[0]}", ((name, ""),), (0.0, "base"), smoothed=False)
+        for name in gains
+    ]
+    return [*charts, Chart("Drift from the base", (("eval/drift", ""),), (0.0, ""), smoothed=False)]
 
 
 def _chart(run: RunData, chart: Chart) -> str:
@@ -180,7 +192,7 @@ def _total(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def compare_curves(data: Sequence[RunData], names: Sequence[str]) -> list[str]:
     charts = []
-    for chart in CHARTS:
+    for chart in (*watched(data), *CHARTS):
         for metric, side in chart.lines:
             series = []
             for i, (run, name) in enumerate(zip(data, names)):

@@ -8,6 +8,7 @@ from diffalign.architecture import Architecture
 from diffalign.config import RunConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.families import DenoisingFamily
+from diffalign.losses.diffusion._backprop import Backprop
 from diffalign.measure import NetworkCost, measure_decoder
 from diffalign.sampling.rules import DECODED, samples_images, sampling_policy
 from diffalign.summary import images_per_pair
@@ -45,16 +46,39 @@ def branches_of(config: RunConfig, family: DenoisingFamily) -> int:
 
 def images_per_item(config: RunConfig, family: DenoisingFamily) -> int:
     """How many images of what a batch counts go through the network: transitions are scored with the sampler's guidance."""
+    if isinstance(config.objective, Backprop):
+        kept = trained_predictions(config) if not checkpoints_steps(config) else 1
+        return kept * branches_of(config, family)
     if samples_images(config) and config.objective.trains_steps:
         each = 1 if config.objective.rows_from == "steps" else images_per_pair(config.objective)
         return each * branches_of(config, family)
     return 1 if single_images(config) else images_per_pair(config.objective)
 
 
+def passes_per_item(config: RunConfig, family: DenoisingFamily) -> int:
+    """How many times an image is computed with gradient; more than `images_per_item` where steps are checkpointed."""
+    if isinstance(config.objective, Backprop):
+        return trained_predictions(config) * branches_of(config, family)
+    return images_per_item(config, family)
+
+
+def trained_predictions(config: RunConfig) -> int:
+    """Predictions with gradient of a sample, at most."""
+    return int(config.objective.trained_steps(config.rollout.num_inference_steps))
+
+
+def checkpoints_steps(config: RunConfig) -> bool:
+    """Whether a trained prediction is computed again in the backward pass, as a whole."""
+    again = config.rollout.checkpoint_steps
+    return isinstance(config.objective, Backprop) and (trained_predictions(config) > 1 if again is None else again)
+
+
 def single_images(config: RunConfig) -> bool:
     """Whether a batch counts sampled images one by one: groups, items, and chosen images."""
     needs = config.objective.needs
-    return samples_images(config) and config.objective.rows_from in ("data", "steps") and "pairs" not in needs.layout
+    return samples_images(config) and (
+        config.objective.rows_from in ("data", "steps", "differentiable") and "pairs" not in needs.layout
+    )
 
 
 def group_of(config: RunConfig) -> int:
@@ -89,6 +113,8 @@ def plan_sampling(
     if not samples_images(config):
         return None
     rollout, source = config.rollout, config.objective.rows_from
+    if source == "differentiable":
+        return _plan_paths(config, architecture, network, latent_shape, effective_batch)
     steps, trained = rollout.num_inference_steps, rollout.window or rollout.steps_per_sample or 1
     if config.objective.trains_steps and not (
         rollout.window or rollout.steps_per_sample
@@ -119,6 +145,32 @@ def plan_sampling(
         forwards=forwards,
         flops=forwards * each + prompts * images * decode,
         decoder_bytes=memory,
+        available=len(load_prompts(rollout.prompts, rollout.num_prompts)) if rollout.prompts else None,
+    )
+
+
+def _plan_paths(
+    config: RunConfig,
+    architecture: Architecture,
+    network: NetworkCost,
+    latent_shape: tuple[int, ...],
+    effective_batch: int,
+) -> Sampling:
+    """Of reward back-propagation: the predictions without gradient, and decoding there and back."""
+    rollout, objective = config.rollout, config.objective
+    branches = branches_of(config, architecture.family)
+    width = 2 if config.cache.encode_dtype in ("float16", "bfloat16") else 4
+    cost = measure_decoder(architecture.configs["vae"], latent_shape, gradient=True)
+    images = effective_batch * objective.ends()
+    plain = effective_batch * objective.plain_steps(rollout.num_inference_steps) * branches
+    return Sampling(
+        prompts=effective_batch,
+        images=images,
+        steps=rollout.num_inference_steps,
+        branches=branches,
+        forwards=plain,
+        flops=plain * network.policy_forward_flops + images * cost.flops,
+        decoder_bytes=architecture.parameters["vae"] * width + rollout.decode_batch_size * cost.peak_bytes * width // 4,
         available=len(load_prompts(rollout.prompts, rollout.num_prompts)) if rollout.prompts else None,
     )
 

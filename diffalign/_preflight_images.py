@@ -71,6 +71,24 @@ UNREAD = (
         "images that are sampled for a prompt are trained with it",
     ),
     Unread(
+        "denoising",
+        (*TIMES, "noise", *INVERSION, *ERRORS, "proportion_empty_prompts"),
+        _source("differentiable"),
+        "objective {objective!r} follows a reward's gradient through the sampler and measures no denoising error",
+    ),
+    Unread(
+        "rollout",
+        ("samples_per_prompt", "steps_per_generation", "num_iterations", "policy"),
+        _source("differentiable"),
+        "objective {objective!r} samples one image of every prompt in every step, by the policy itself",
+    ),
+    Unread(
+        "rollout",
+        ("checkpoint_steps", "decode_batch_size"),
+        _no_source("differentiable"),
+        "only objectives that follow a reward's gradient through the sampler read it, such as draft",
+    ),
+    Unread(
         "rollout",
         ("num_prompts",),
         lambda config: not config.rollout.prompts,
@@ -179,6 +197,11 @@ def check_round(config: RunConfig) -> None:
         )
     if objective.trains_steps:
         _check_steps(rollout)
+    if objective.rows_from == "differentiable":
+        try:
+            objective.check_steps(rollout.num_inference_steps)
+        except ValueError as error:
+            raise ConfigError(f"objective.{error} (rollout.num_inference_steps)") from error
     together = "groups" in needs.layout or (needs.labels != (1,) and "pairs" not in needs.layout)
     if objective.rows_from in ("data", "steps") and together and size % rollout.samples_per_prompt:
         raise ConfigError(
@@ -283,6 +306,9 @@ def check_schedule(config: RunConfig, family: DenoisingFamily, processes: int | 
         )
     if processes is not None and samples_images(config):
         rollout = config.rollout
+        if config.objective.rows_from == "differentiable":
+            make_grid(family, family.stock_scheduler(), rollout.num_inference_steps, (1, 64, 64), rollout.kernel)
+            return
         # Which steps have a density does not depend on the size, by which some samplers shift their levels.
         steps, kernel = rollout.num_inference_steps, rollout.kernel
         grid = make_grid(family, family.stock_scheduler(), steps, (1, 64, 64), kernel)

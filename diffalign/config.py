@@ -257,6 +257,9 @@ class RolloutConfig:
         select: which image of a group an objective on chosen images learns from: "best", or "bradley_terry": drawn in
             proportion to exp(reward / select_temperature), as people would choose (arXiv 2407.09499).
         select_temperature: of "bradley_terry".
+        checkpoint_steps: reward back-propagation: of trained sampler steps only the latents are kept, and the network is
+            called again in the backward pass: memory of one step, one forward more. null: where several steps are trained.
+        decode_batch_size: reward back-propagation: images that are decoded and scored with gradient at a time.
     """
 
     samples_per_prompt: int = 8
@@ -282,9 +285,11 @@ class RolloutConfig:
     keep_threshold: float = 0.3
     select: Literal["best", "bradley_terry"] = "best"
     select_temperature: float = 0.2
+    checkpoint_steps: bool | None = None
+    decode_batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps_per_generation", "num_iterations", "num_inference_steps"):
+        for name in ("steps_per_generation", "num_iterations", "num_inference_steps", "decode_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.eta is not None and not 0 <= self.eta <= (2 if self.kernel == "flow_sde" else 1):
@@ -585,6 +590,11 @@ class EvaluationConfig:
         seed: of the evaluation noise, independent of the training seed.
         held_out_fraction: share of the pairs kept out of training for the implicit accuracy.
         grid_prompts: how many prompts the before/after grid shows.
+        every: optimiser steps between looks at the rewards during training, on `watch_prompts` of the prompts; 0: none.
+        watch_prompts: how many of them, one image each.
+        keep_best: one of `rewards`: adapter files and the evaluation at the end are those of the step at which its mean was
+            highest, which must not be a reward that is trained on to guard against hacking. null: of the last step.
+        patience: training ends after so many looks in a row that were not the best so far; 0: never before its last step.
     """
 
     at_end: bool = False
@@ -595,6 +605,20 @@ class EvaluationConfig:
     seed: int = 1234
     held_out_fraction: float = 0.0
     grid_prompts: int = 8
+    every: int = 0
+    watch_prompts: int = 32
+    keep_best: str | None = None
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.patience < 0:
+            raise ValueError(f"every is {self.every} and patience {self.patience}; expected 0 or more")
+        if (self.keep_best is not None) and not self.every:
+            raise ValueError("keep_best is set, and every is 0, so nothing is looked at during training; set every")
+        if self.patience and self.keep_best is None:
+            raise ValueError(f"patience is {self.patience}; expected keep_best to say which reward must get better")
+        if self.keep_best is not None and self.keep_best not in self.rewards:
+            raise ValueError(f"keep_best is {self.keep_best!r}; expected one of rewards: {', '.join(self.rewards)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,14 @@ from diffalign.errors import UserError
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a temporary neighbour, flushed to disk, then renamed."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """As `atomic_write_text`."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

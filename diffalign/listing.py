@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from diffalign import plugins, rewards
 from diffalign.losses import IncompatibleObjective, Kind, Objective, catalogue
 
-KINDS = {Kind.BOUND: "images", Kind.TOKEN: "texts", Kind.STEP: "trajectories", Kind.JUDGE: "rewards"}
+KINDS = {
+    Kind.BOUND: "images",
+    Kind.TOKEN: "texts",
+    Kind.STEP: "trajectories",
+    Kind.REWARD: "reward gradients",
+    Kind.JUDGE: "judges",
+}
 
 
 def objective_table() -> str:

@@ -306,21 +306,29 @@ def _measure_encoder(text: str, resolution: int, frames: int) -> EncodeCost:
     return EncodeCost(flops=counter.total, peak_bytes=alive.peak)
 
 
-def measure_decoder(config: dict[str, Any], latent_shape: tuple[int, ...]) -> EncodeCost:
+def measure_decoder(config: dict[str, Any], latent_shape: tuple[int, ...], *, gradient: bool = False) -> EncodeCost:
     """Count one image's (or clip's) latents through an autoencoder's decoder.
+
+    Args:
+        config: of the autoencoder.
+        latent_shape: (C, ..., h, w).
+        gradient: with the way back to the latents, and what has to be kept for it.
 
     Raises:
         ConfigError: a class that cannot be built.
     """
-    return _measure_decoder(json.dumps(config, sort_keys=True), latent_shape)
+    return _measure_decoder(json.dumps(config, sort_keys=True), latent_shape, gradient)
 
 
 @lru_cache(maxsize=8)
-def _measure_decoder(text: str, latent_shape: tuple[int, ...]) -> EncodeCost:
+def _measure_decoder(text: str, latent_shape: tuple[int, ...], gradient: bool) -> EncodeCost:
     vae: Any = build_from_config(json.loads(text), device="meta")
     still = len(latent_shape) == 3 and type(vae).__name__ in CLIP_ENCODERS
     shape = (latent_shape[0], 1, *latent_shape[1:]) if still else latent_shape
-    latents = torch.empty(1, *shape, device="meta")
-    with torch.no_grad(), _Training(None), _Flops() as counter, _Alive() as alive:
-        vae.decode(latents)
+    vae.requires_grad_(False)
+    latents = torch.empty(1, *shape, device="meta", requires_grad=gradient)
+    with torch.set_grad_enabled(gradient), _Training(None), _Flops() as counter, _Alive() as alive:
+        images = vae.decode(latents).sample
+        if gradient:
+            images.sum().backward()
     return EncodeCost(flops=counter.total, peak_bytes=alive.peak)

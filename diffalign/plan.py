@@ -16,7 +16,16 @@ from typing import Any
 import torch
 
 from diffalign import plugins, rewards
-from diffalign._plan_rollouts import Sampling, group_of, images_per_item, plan_sampling, steps_per_pass, unit_of
+from diffalign._plan_rollouts import (
+    Sampling,
+    checkpoints_steps,
+    group_of,
+    images_per_item,
+    passes_per_item,
+    plan_sampling,
+    steps_per_pass,
+    unit_of,
+)
 from diffalign.architecture import Architecture, Download, resolve
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
@@ -190,6 +199,7 @@ class _Costs:
         self.architecture: Architecture = resolve(config.model)
         self.dtype = DTYPES[config.training.mixed_precision]
         self.images = images_per_item(config, self.architecture.family)
+        self.passes = passes_per_item(config, self.architecture.family)
         self.together = group_of(config)
         self.has_pairs = not config.rollout.prompts
         resolution, frames = config.data.resolution, config.data.num_frames
@@ -241,9 +251,10 @@ class _Costs:
         """A training step's operations per pair; encoders only where there is no cache."""
         network = self.network
         reference = network.forward_flops if self.config.objective.reads_reference() else 0
-        policy = network.policy_forward_flops * (2 if checkpointing else 1) + network.backward_flops
+        again = int(checkpointing) + int(checkpoints_steps(self.config))  # blocks in the steps that are computed again
+        policy = network.policy_forward_flops * (1 + again) + network.backward_flops
         encode = 0 if self.config.cache.enabled or not self.has_pairs else self.encoder.flops
-        return self.images * (reference + policy + encode)
+        return self.passes * (reference + policy + encode)
 
     def setting(self, micro_batch: int, checkpointing: bool) -> Setting:
         """The same pairs per device and step, cut into micro-batches of this size."""
@@ -353,7 +364,7 @@ def make_plan(
     phase = costs.cache_phase()
     effective = pairs_per_device(config) * num_processes
     sampling = plan_sampling(config, costs.architecture, costs.network, costs.latent_shape, effective)
-    sampled = _sampling_phase(setting.memory, sampling)
+    sampled = _sampling_phase(config, setting.memory, sampling)
     fits = None if gpu_bytes is None else max(setting.memory.total, phase or 0, sampled or 0) <= gpu_bytes
     nearest = None
     if gpu_bytes is not None and setting.memory.total > gpu_bytes:
@@ -361,7 +372,8 @@ def make_plan(
     if gpu_bytes is not None and phase is not None and phase > gpu_bytes:
         notes.append("filling the cache does not fit the card: lower cache.batch_size")
     if gpu_bytes is not None and sampled is not None and sampled > gpu_bytes:
-        notes.append("decoding samples does not fit the card: lower sampling.batch_size")
+        key = "rollout.decode_batch_size" if config.objective.rows_from == "differentiable" else "sampling.batch_size"
+        notes.append(f"decoding samples does not fit the card: lower {key}")
     known, data = _data(config)
     count = pairs if pairs is not None else _pairs(config, known)
     trained = None if count is None else count - int(count * config.evaluation.held_out_fraction)
@@ -423,11 +435,19 @@ def make_plan(
     )
 
 
-def _sampling_phase(memory: Memory, sampling: Sampling | None) -> int | None:
-    """Bytes on the device while samples are decoded: the network stays, nothing is kept for a backward pass."""
+def _sampling_phase(config: RunConfig, memory: Memory, sampling: Sampling | None) -> int | None:
+    """Bytes on the device while samples are decoded: the network stays, and what back-propagation keeps of the sampler."""
     if sampling is None or not sampling.decoder_bytes:
         return None
-    return memory.network + memory.adapter + memory.ema + memory.context + sampling.decoder_bytes
+    back = config.objective.rows_from == "differentiable" and not checkpoints_steps(config)
+    return (
+        (memory.activations if back else 0)
+        + memory.network
+        + memory.adapter
+        + memory.ema
+        + memory.context
+        + sampling.decoder_bytes
+    )
 
 
 def _one_pass(

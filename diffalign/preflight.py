@@ -151,7 +151,15 @@ def _check_image_rollout(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.rewards: empty; objective {objective.name!r} needs at least one reward to tell samples apart"
         )
-    if not from_data and rollout.samples_per_prompt < 2:
+    if objective.rows_from == "differentiable":
+        for name in rollout.rewards:
+            if not rewards.describe(name).differentiable:
+                raise ConfigError(
+                    f"rollout.rewards: {name!r} is not differentiable, and objective {objective.name!r} follows its "
+                    "gradient; take one that is (docs/how-to/rewards.md), or an objective such as 'diffusion_nft', which "
+                    "needs no gradient"
+                )
+    elif not from_data and rollout.samples_per_prompt < 2:
         raise ConfigError(f"rollout.samples_per_prompt: got {rollout.samples_per_prompt}; a group has at least 2")
     if objective.trains_steps and rollout.eta == 0:
         raise ConfigError("rollout.eta: got 0; a deterministic sampler's transitions have no density; take 1")
@@ -225,6 +233,8 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "lora.experts",
         "lora.gate",
         "lora.gate_features",
+        "evaluation.every",
+        "evaluation.watch_prompts",
         *(
             f"rollout.{field.name}"
             for field in dataclasses.fields(RolloutConfig)
@@ -309,6 +319,11 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
             raise ConfigError("evaluation.prompts: missing, and evaluation.at_end is true; name a file or a list")
         if not config.evaluation.rewards:
             raise ConfigError("evaluation.rewards: empty, and evaluation.at_end is true; name at least one reward")
+    if config.evaluation.every and not (config.evaluation.prompts and config.evaluation.rewards):
+        raise ConfigError(
+            f"evaluation.every: got {config.evaluation.every}, and there are no prompts or no rewards to look at; set "
+            "evaluation.prompts and evaluation.rewards"
+        )
     if config.evaluation.prompts:
         load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
 

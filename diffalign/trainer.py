@@ -155,6 +155,7 @@ def train(config: RunConfig) -> TrainResult:
     last_checkpoint = str(resumed.path) if resumed else None
     seconds_before = resumed.manifest["train_seconds"] if resumed else 0.0
     started, busy, first_step = time.perf_counter(), 0.0, step
+    enough = agreed(job.enough, accelerator)  # nothing has got better for a while
 
     def save_checkpoint() -> str:
         """Write a checkpoint of the state after `step` steps (main process)."""
@@ -179,7 +180,7 @@ def train(config: RunConfig) -> TrainResult:
         return str(checkpoint.save(run_dir, step, adapters.state_dict(bare), state, config, extra, keep=keep))
 
     with StopRequest() as stop, Progress("training", training.max_train_steps, "step", step, rows is not None) as bar:
-        while step < training.max_train_steps and not stop_requested(stop, accelerator):
+        while step < training.max_train_steps and not enough and not stop_requested(stop, accelerator):
             tick = time.perf_counter()
             counted = 0
             for part in range(accumulation):
@@ -201,6 +202,8 @@ def train(config: RunConfig) -> TrainResult:
                     accelerator.backward(out.loss * share / accumulation)
                 counted += len(out.per_item)
                 job.record(metrics, batch, out)
+            if job.own_gradients:
+                average_gradients(accelerator, params)
             average_over(accelerator, params, counted, effective)
             grad_norm = clip(accelerator, params, training.max_grad_norm)
             learning_rate = float(scheduler.get_last_lr()[0])
@@ -229,16 +232,22 @@ def train(config: RunConfig) -> TrainResult:
             }
             if accelerator.scaler is not None:
                 row["loss_scale"] = accelerator.scaler.get_scale()
+            watched = job.watches(step)
+            if watched:
+                if accelerator.is_main_process:
+                    with swapped(ema, params):
+                        row |= job.watch(step)
+                enough = agreed(job.enough, accelerator)
+            last = step == training.max_train_steps or enough
             if rows is not None:
                 for alarm in monitor.update(row):
                     log.warning("step %d: %s", step, alarm.message)
                     rows.write(alarm.row())
-                if step % training.logging_steps == 0 or step == training.max_train_steps:
+                if step % training.logging_steps == 0 or watched or last:
                     rows.write(row)
                     accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
             bar.advance()
             bar.note(progress_note(row))
-            last = step == training.max_train_steps
             if accelerator.is_main_process:
                 if last or (training.checkpointing_steps and step % training.checkpointing_steps == 0):
                     last_checkpoint = save_checkpoint()
@@ -248,13 +257,21 @@ def train(config: RunConfig) -> TrainResult:
             accelerator.wait_for_everyone()
     train_seconds = seconds_before + time.perf_counter() - started
 
-    # -- Stopped early: leave a checkpoint and go ----------------------------------------------------------------
-    if step < training.max_train_steps:
+    # -- Interrupted: leave a checkpoint and go ------------------------------------------------------------------
+    if step < training.max_train_steps and not enough:
         if accelerator.is_main_process and not checkpoint.folder_for(run_dir, step).exists():
             last_checkpoint = save_checkpoint()
         log.warning("stopped at step %d; go on with training.resume_from_checkpoint=latest", step)
         end(accelerator)
         return TrainResult(run_dir, step, None, stop.signal or signal.SIGTERM)
+
+    if step < training.max_train_steps:
+        log.info(
+            "training ends at step %d: %s has not got better for %d looks",
+            step,
+            config.evaluation.keep_best,
+            config.evaluation.patience,
+        )
 
     # -- Outputs: adapter files, evaluation, report, model card -------------------------------------------------
     result = None
@@ -309,6 +326,15 @@ def make_optimizer(params: list[nn.Parameter], training: TrainingConfig) -> torc
     return Adafactor(params, scale_parameter=False, relative_step=False, warmup_init=False, **common)
 
 
+def average_gradients(accelerator: Accelerator, params: list[nn.Parameter]) -> None:
+    """Average gradients over processes, where no wrapper has done it; does nothing on one."""
+    if accelerator.num_processes == 1:
+        return
+    for param in params:
+        if param.grad is not None:
+            param.grad = accelerator.reduce(param.grad, reduction="mean")
+
+
 def average_over(accelerator: Accelerator, params: list[nn.Parameter], counted: int, expected: int) -> None:
     """Make gradients those of the mean over all items of the step, where they were taken for `expected` of them.
 
@@ -355,7 +381,12 @@ class swapped:  # noqa: N801 (used like a function)
 
 def stop_requested(stop: StopRequest, accelerator: Accelerator) -> bool:
     """True on every process as soon as one was asked to stop."""
+    return agreed(stop.signal is not None, accelerator)
+
+
+def agreed(flag: bool, accelerator: Accelerator) -> bool:
+    """True on every process where it is on one."""
     if accelerator.num_processes == 1:
-        return stop.signal is not None
-    flag = torch.tensor([float(stop.signal is not None)], device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
+        return flag
+    count = torch.tensor([float(flag)], device=accelerator.device)
+    return bool(accelerator.reduce(count, reduction="sum").item() > 0)

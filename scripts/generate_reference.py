@@ -39,7 +39,13 @@ SECTIONS: dict[str, type] = {
     "generation": config.GenerationConfig,
     "evaluation": config.EvaluationConfig,
 }
-KINDS = {Kind.TOKEN: "text", Kind.STEP: "trajectories", Kind.BOUND: "denoising", Kind.JUDGE: "judge"}
+KINDS = {
+    Kind.TOKEN: "text",
+    Kind.STEP: "trajectories",
+    Kind.BOUND: "denoising",
+    Kind.REWARD: "reward gradient",
+    Kind.JUDGE: "judge",
+}
 
 
 def attributes(cls: type) -> dict[str, str]:

@@ -335,6 +335,49 @@ def test_transitions_are_scored_with_the_samplers_guidance_and_groups_image_by_i
     assert make_plan(sampled("dpo", guidance_scale=5.0)).flops_per_pair == pairs.flops_per_pair
 
 
+def back_propagated(name: str, **rollout: Any) -> RunConfig:
+    """SD1.5 on the gradient of a reward, 32 images to an optimiser step, 10 steps with guidance."""
+    own = {"prompts": PROMPTS, "rewards": ["clip_score"], "num_inference_steps": 10, "guidance_scale": 5.0}
+    return build(config_module.to_tree(sd15()) | {"objective": {"name": name}, "rollout": own | rollout})
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "trained", "images"),
+    [
+        ("draft", 0, 10, 1),
+        ("align_prop", 0, 10, 1),
+        ("draft_lv", 9, 3, 3),
+        ("refl", 9, 1, 1),
+        ("drtune", 7, 3, 1),
+        ("srpo", 10, 2, 2),
+    ],
+)
+def test_back_propagation_is_counted(name: str, plain: int, trained: int, images: int) -> None:
+    plan = make_plan(back_propagated(name))
+    found, network = plan.sampling, plan.network
+    assert found is not None
+    assert plan.unit == "images"
+    assert (found.prompts, found.images, found.forwards) == (32, 32 * images, 32 * plain * 2)
+    there_and_back = network.policy_forward_flops * (2 if trained > 1 else 1) + network.backward_flops
+    assert plan.flops_per_pair == trained * 2 * there_and_back
+    decoder = measure_decoder(published.component_configs("sd15")["vae"], plan.latent_shape)
+    back = measure_decoder(published.component_configs("sd15")["vae"], plan.latent_shape, gradient=True)
+    assert back.flops == pytest.approx(2 * decoder.flops, rel=0.05)  # weights are frozen: one product back
+    assert back.peak_bytes > 2 * decoder.peak_bytes
+    assert found.flops == pytest.approx(found.forwards * network.policy_forward_flops + found.images * back.flops)
+
+
+def test_checkpointed_steps_take_the_memory_of_one() -> None:
+    checkpointed, kept = (make_plan(back_propagated("draft", checkpoint_steps=again)) for again in (True, False))
+    assert kept.setting.memory.activations == 10 * checkpointed.setting.memory.activations
+    one = make_plan(back_propagated("draft", decode_batch_size=1)).sampling_phase_bytes
+    four = checkpointed.sampling_phase_bytes
+    assert one is not None
+    assert four is not None
+    assert four > one + 3e9
+    assert kept.sampling_phase_bytes == four + kept.setting.memory.activations
+
+
 def test_decoding_samples_counts_for_the_verdict() -> None:
     config = sampled("dpo")
     plan = make_plan(config)

@@ -175,7 +175,10 @@ class DenoisingFamily(EncodingFamily):
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents to RGB in [0, 1], shape (B, 3, H, W), of clips with F > 1 (B, 3, F, H, W), float32."""
+        """Scaled latents to RGB in [0, 1], shape (B, 3, H, W), of clips with F > 1 (B, 3, F, H, W), float32.
+
+        Gradient flows to latents that ask for it, but for pixels that are cut to the range.
+        """
 
     @staticmethod
     @abstractmethod

@@ -196,7 +196,6 @@ class PipelineFamily(DenoisingFamily):
         raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent  # DC-AE has no spread
         return self.scale_latents(raw.float())
 
-    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         vae = self._part("vae")
         raw = self.unscale_latents(latents.float())

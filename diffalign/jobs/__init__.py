@@ -39,11 +39,13 @@ class Job(ABC):
         unit: what a sample is, for people.
         count: samples trained on.
         held_out: samples kept out of training.
+        own_gradients: its forwards go past the wrapper that averages gradients over processes, so the trainer has to.
     """
 
     unit: ClassVar[str]
     count: int = 0
     held_out: int = 0
+    own_gradients: bool = False
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, family: Family) -> None:
         self.config, self.accelerator, self.family = config, accelerator, family
@@ -114,6 +116,20 @@ class Job(ABC):
     def sample(self, step: int, *, adapters: bool) -> None:
         """Write samples of a fixed set of prompts for the report (main process); does nothing without prompts."""
         return
+
+    def watches(self, step: int) -> bool:
+        """Whether the run is looked at after a step, the same on every process."""
+        every = self.config.evaluation.every
+        return bool(every) and (step % every == 0 or step == self.config.training.max_train_steps)
+
+    def watch(self, step: int) -> dict[str, float]:
+        """Measure the adapter (main process); values for the step's row of metrics."""
+        return {}
+
+    @property
+    def enough(self) -> bool:
+        """Whether training should end before its last step; known to the main process."""
+        return False
 
     def after_step(self, step: int) -> None:
         """Called after every optimiser step."""

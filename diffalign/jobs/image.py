@@ -26,10 +26,13 @@ from diffalign.policy import Policy
 from diffalign.preflight import check_schedule
 from diffalign.references import Lagged, Reference
 from diffalign.sampling import Sampler
+from diffalign.sampling.backprop import PromptBatch, RewardPaths
+from diffalign.sampling.batches import Conditions
 from diffalign.sampling.entries import StepBatch
 from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
 from diffalign.sampling.rules import has_lagged, kind_of, noise_of, samples_images
 from diffalign.summary import objective_summary
+from diffalign.watch import Watch
 
 
 class ImageJob(Job):
@@ -126,8 +129,13 @@ class ImageJob(Job):
             lagged = Lagged(adapters.parameters(bare), self.config.rollout.old_decay)
         self.policy = Policy(self.family, network, bare, self.autocast, self.config.denoising, reference, lagged)
         self.forwards_before = 0  # images through the network before the run was resumed
+        evaluation = self.config.evaluation
+        self.watching = None
+        if evaluation.every and self.sampler is not None:
+            self.watching = Watch(evaluation, self.sampler, self.accelerator.device, self.run_dir)
         self.estimator = self.objective.estimator()
         self.rollouts = self._rollouts() if self.online else None
+        self.own_gradients = isinstance(self.rollouts, RewardPaths)
         self.outputs = Outputs(
             self.config, self.run_dir, self.family, self.sampler, summary=self.summary(), latent_elements=self.elements
         )
@@ -138,23 +146,23 @@ class ImageJob(Job):
             return self.data.text(self.prompts[index])
         return {name: value[0] for name, value in self.asked.conditioning[index].items()}
 
-    def _rollouts(self) -> ImageRollouts:
+    def _rollouts(self) -> ImageRollouts | RewardPaths:
         side = self.asked.side
+        image = self.family.image_conditioning((side, side), (0, 0), (side, side))
+        conditions, shape = Conditions(self._prompt_text, self.asked.negative, image), self.asked.latent_shape
+        parts = (self.config, self.family, self.policy, self.accelerator)
+        if self.objective.rows_from == "differentiable":
+            return RewardPaths(*parts, prompts=self.prompts, conditions=conditions, latent_shape=shape)
         return ImageRollouts(
-            self.config,
-            self.family,
-            self.policy,
-            self.accelerator,
+            *parts,
             prompts=self.prompts,
-            text=self._prompt_text,
-            negative=self.asked.negative,
-            latent_shape=self.asked.latent_shape,
-            image=self.family.image_conditioning((side, side), (0, 0), (side, side)),
+            conditions=conditions,
+            latent_shape=shape,
             winners=self.dataset,
             kept=self.kept,
         )
 
-    def micro_batches(self, first_step: int) -> Iterator[AnyBatch]:
+    def micro_batches(self, first_step: int) -> Iterator[AnyBatch | PromptBatch]:
         if self.rollouts is not None:
             yield from self.rollouts.micro_batches(first_step)
             return
@@ -166,9 +174,12 @@ class ImageJob(Job):
         for batch in micro_batches(self.dataset, range(first, last, world), training.dataloader_workers):
             yield batch.to(self.accelerator.device)
 
-    def loss(self, batch: AnyBatch) -> LossOut:
-        if isinstance(batch, StepBatch):
-            assert self.rollouts is not None, "transitions are sampled"
+    def loss(self, batch: AnyBatch | PromptBatch) -> LossOut:
+        if isinstance(batch, PromptBatch):
+            assert isinstance(self.rollouts, RewardPaths), "it made the batch"
+            scores, layout = self.rollouts.scores(batch)
+        elif isinstance(batch, StepBatch):
+            assert isinstance(self.rollouts, ImageRollouts), "it made the batch"
             scores, layout = self.rollouts.scores(batch)
         else:
             scores, layout = self.policy.scores(batch, self.objective)
@@ -177,9 +188,14 @@ class ImageJob(Job):
         weight_metric(out, batch.weight)
         if self.online and (reward := rewards_of(layout)) is not None:
             out.metrics.setdefault("reward", reward)
+        if isinstance(batch, PromptBatch):
+            out.metrics.update(scores.extra)
         return out
 
-    def record(self, metrics: StepMetrics, batch: AnyBatch, out: LossOut) -> None:
+    def record(self, metrics: StepMetrics, batch: AnyBatch | PromptBatch, out: LossOut) -> None:
+        if isinstance(batch, PromptBatch):
+            metrics.add(out)
+            return
         if isinstance(batch, StepBatch):
             t, layout = batch.t, batch.layout
         else:
@@ -207,7 +223,19 @@ class ImageJob(Job):
         if self.sampler is not None:
             self.outputs.sample_grid(step, adapters=adapters)
 
+    def watch(self, step: int) -> dict[str, float]:
+        if self.watching is None:
+            return {}
+        forwards = self.forwards_before + self.policy.forwards * self.accelerator.num_processes
+        return self.watching.measure(step, self.policy.bare) | {"image_forwards": float(forwards)}
+
+    @property
+    def enough(self) -> bool:
+        return self.watching is not None and self.watching.enough
+
     def finish(self, step: int, facts: dict[str, Any]) -> dict[str, Any] | None:
+        if self.watching is not None and (best := self.watching.restore(self.policy.bare)) is not None:
+            facts = facts | {"best_step": best}
         facts = facts | {"image_forwards": self.forwards_before + self.policy.forwards * self.accelerator.num_processes}
         return self.outputs.finish(self.policy, self.dataset, self.kept_out, step=step, facts=facts)
 
@@ -216,6 +244,7 @@ class ImageJob(Job):
         state = {
             "estimator": {} if self.estimator is None else self.estimator.state_dict(),
             "rollouts": {} if self.rollouts is None else self.rollouts.state_dict(),
+            "watch": {} if self.watching is None else self.watching.state_dict(),
             "lagged": {} if self.policy.lagged is None else self.policy.lagged.state_dict(),
         }
         return {name: value for name, value in state.items() if value} | {"image_forwards": forwards}
@@ -225,6 +254,8 @@ class ImageJob(Job):
             self.estimator.load_state_dict(state.get("estimator", {}))
         if self.rollouts is not None:
             self.rollouts.load_state_dict(state.get("rollouts", {}))
+        if self.watching is not None:
+            self.watching.load_state_dict(state.get("watch", {}))
         if self.policy.lagged is not None and "lagged" in state:
             self.policy.lagged.load_state_dict(state["lagged"])
         self.forwards_before = int(state.get("image_forwards", 0))

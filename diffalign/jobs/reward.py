@@ -64,11 +64,9 @@ class JudgeBatch:
     aspect: Tensor | None = None
 
     def to(self, device: torch.device) -> JudgeBatch:
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
-            for f in dataclasses.fields(self)
-        }
-        return JudgeBatch(**moved)
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tensors = {name: v.to(device, non_blocking=True) for name, v in own.items() if isinstance(v, Tensor)}
+        return JudgeBatch(**(own | tensors))
 
     @property
     def prompt(self) -> Tensor:

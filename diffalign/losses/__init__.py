@@ -339,6 +339,12 @@ FAMILIES: dict[str, dict[str, str]] = {
         "grpo_guard": "GRPOGuard",
         "flow_dppo": "FlowDPPO",
         "prdp": "PRDP",
+        "align_prop": "AlignProp",
+        "draft": "DRaFT",
+        "draft_lv": "DRaFTLV",
+        "refl": "ReFL",
+        "drtune": "DRTune",
+        "srpo": "SRPO",
     },
 }
 _MODULES = (

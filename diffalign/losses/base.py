@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.losses.layouts import Groups, Items, Layout, Lists, Pairs
 from diffalign.losses.scores import CAPABILITIES, Cap, Kind, Scores
 
-Source: TypeAlias = Literal["data", "generated", "on_policy", "trajectories", "candidates", "steps"]
+Source: TypeAlias = Literal["data", "generated", "on_policy", "trajectories", "candidates", "steps", "differentiable"]
 AnyLayout: TypeAlias = Layout | Pairs | Items | Groups | Lists
 # (log-softmax of the policy (..., V), labels (...), log-softmax of the reference or None) -> statistic (...)
 TokenStatistic: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -74,9 +74,23 @@ _WHY: Mapping[Cap, Mapping[Kind, str]] = {
         Kind.TOKEN: "it works on the prediction of a denoising network, element by element",
         Kind.STEP: "it works on the prediction of a denoising network, element by element",
     },
+    Cap.REWARD: {
+        Kind.TOKEN: "no gradient of a reward reaches a text that was sampled token by token",
+        Kind.STEP: "it follows the gradient of a reward through the sampler and has no use for log-densities",
+        Kind.BOUND: "it follows the gradient of a reward through the sampler and has no use for denoising errors",
+    },
 }
-
-_NO_POLICY = "a reward model's scores are no log-likelihoods of a policy, and have no reference"
+# Kinds that are no likelihoods of anything: why, and what to take there instead.
+_NO_POLICY: Mapping[Kind, tuple[str, str]] = {
+    Kind.REWARD: (
+        "a reward that is followed by its gradient is no likelihood",
+        "use an objective that back-propagates rewards, such as 'draft'",
+    ),
+    Kind.JUDGE: (
+        "a reward model's scores are no log-likelihoods of a policy, and have no reference",
+        "use 'bradley_terry'",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +217,7 @@ class Objective(ABC):
             "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
             latents drawn from one latent. "steps": transitions of all samples of a prompt, with the log-densities under the
-            policy that sampled them.
+            policy that sampled them. "differentiable": images that are sampled with gradient, see `diffusion._backprop`.
         sampling: what it asks of images that are sampled for it.
     """
 
@@ -235,13 +249,11 @@ class Objective(ABC):
     def check_caps(self, kind: Kind) -> None:
         """Refuse a kind of score that lacks what this objective needs; see `check`."""
         missing = sorted(self.required_caps(kind) - CAPABILITIES[kind], key=lambda c: c.name)
+        if missing and kind in _NO_POLICY:
+            raise IncompatibleObjective(self.name, kind, *_NO_POLICY[kind])
         if missing:
-            reasons = [
-                _NO_POLICY if kind is Kind.JUDGE else _WHY.get(cap, {}).get(kind, f"needs {cap.value}")
-                for cap in missing
-            ]
-            instead = "use bradley_terry" if kind is Kind.JUDGE else self.instead
-            raise IncompatibleObjective(self.name, kind, "; ".join(dict.fromkeys(reasons)), instead)
+            reasons = [_WHY.get(cap, {}).get(kind, f"needs {cap.value}") for cap in missing]
+            raise IncompatibleObjective(self.name, kind, "; ".join(dict.fromkeys(reasons)), self.instead)
 
     def check_beta(self, kind: Kind) -> None:
         """Refuse to guess a beta where none was published; see `check`."""

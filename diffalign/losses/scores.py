@@ -25,12 +25,14 @@ class Kind(str, Enum):
     STEP: Gaussian log-density of the stored transitions of a stochastic sampler; exact per step up to constants.
     BOUND: minus one half of a denoising error at a (t, noise) shared by everything that is compared; only differences
         mean something, and their scale is arbitrary.
+    REWARD: a differentiable reward of a sampled image, whose gradient goes on into the sampler; no likelihood of anything.
     JUDGE: what a reward model that is trained says of an item, in the model's own unit; it has no reference.
     """
 
     TOKEN = "token"
     STEP = "step"
     BOUND = "bound"
+    REWARD = "reward"
     JUDGE = "judge"
 
 
@@ -47,13 +49,15 @@ class Cap(str, Enum):
     IMITATION = "an imitation loss per row"
     ERROR = "a denoising error per row"
     RESIDUAL = "prediction errors element by element"
+    REWARD = "rewards with a gradient to the image"
     JUDGEMENT = "what a reward model says of an item"
 
 
 CAPABILITIES: Mapping[Kind, frozenset[Cap]] = {
-    Kind.TOKEN: frozenset(Cap) - {Cap.ERROR, Cap.RESIDUAL, Cap.JUDGEMENT},
+    Kind.TOKEN: frozenset(Cap) - {Cap.ERROR, Cap.RESIDUAL, Cap.REWARD, Cap.JUDGEMENT},
     Kind.STEP: frozenset({Cap.DIFFERENCE, Cap.ABSOLUTE, Cap.RATIO, Cap.UNITS, Cap.IMITATION}),
     Kind.BOUND: frozenset({Cap.DIFFERENCE, Cap.UNITS, Cap.IMITATION, Cap.ERROR, Cap.RESIDUAL}),
+    Kind.REWARD: frozenset({Cap.REWARD}),
     Kind.JUDGE: frozenset({Cap.JUDGEMENT, Cap.UNITS}),
 }
 
@@ -307,6 +311,11 @@ class Scores:
         made = cls.tokens(theta, ref, old, mask=mask, **more)
         fields = {name: getattr(made, name) for name in made.__dataclass_fields__}
         return cls(**fields | {"kind": Kind.STEP, "length": None})
+
+    @classmethod
+    def rewards(cls, reward: Tensor, **more: Any) -> Scores:
+        """Rewards of sampled images, (N,); gradient flows to the images and on into the sampler."""
+        return cls(kind=Kind.REWARD, theta=reward, **more)
 
     @classmethod
     def judged(cls, theta: Tensor, embedding: Tensor | None = None) -> Scores:

@@ -22,6 +22,33 @@ from diffalign.schedules import generator_for
 AnyBatch: TypeAlias = PairBatch | RowBatch | StepBatch
 
 
+class Conditions:
+    """Conditioning of samples, on the CPU, with a batch axis.
+
+    Args:
+        text: conditioning of a prompt by its number, without a batch axis.
+        negative: conditioning without a prompt, batch 1.
+        image: per-image conditioning of samples (SDXL's time ids), without a batch axis.
+    """
+
+    def __init__(self, text: Callable[[int], Conditioning], negative: Conditioning, image: Conditioning) -> None:
+        self.text, self.negative, self.image = text, negative, image
+
+    def of(self, prompts: Sequence[int]) -> Conditioning:
+        """Of prompts by number."""
+        return self.of_texts([self.text(index) for index in prompts])
+
+    def of_texts(self, texts: Sequence[Conditioning]) -> Conditioning:
+        """Of texts that are encoded already, each without a batch axis."""
+        text = {name: torch.stack([one[name] for one in texts]) for name in texts[0]}
+        return text | {name: value.expand(len(texts), *value.shape) for name, value in self.image.items()}
+
+    def without(self, count: int) -> Conditioning:
+        """Of `count` samples without a prompt."""
+        one = self.negative | {name: value[None] for name, value in self.image.items()}
+        return {name: value.expand(count, *value.shape[1:]) for name, value in one.items()}
+
+
 class Batches:
     """Makes micro-batches of entries, on the CPU.
 
@@ -29,10 +56,8 @@ class Batches:
         config: of the run.
         family: for its schedule.
         grid: of the sampler.
-        text: conditioning of a prompt by its number, without a batch axis, on the CPU.
-        negative: conditioning without a prompt, batch 1.
+        conditions: conditioning of samples.
         latent_shape: of one sample.
-        image: per-image conditioning of samples (SDXL's time ids), without a batch axis.
         winners: data whose chosen images are trained on, for objectives that compare them with samples.
         kept: indices of `winners` that may be trained on.
     """
@@ -43,26 +68,16 @@ class Batches:
         family: DenoisingFamily,
         grid: Grid,
         *,
-        text: Callable[[int], Conditioning],
-        negative: Conditioning,
+        conditions: Conditions,
         latent_shape: tuple[int, ...],
-        image: Conditioning,
         winners: PairMicroBatches | None,
         kept: Sequence[int],
     ) -> None:
         self.config, self.family, self.grid = config, family, grid
-        self.text, self.negative, self.latent_shape, self.image = text, negative, latent_shape, image
+        self.conditions, self.latent_shape = conditions, latent_shape
         self.winners, self.kept = winners, list(kept)
         self.objective: Objective = config.objective
         self.independent = noise_of(config) == "independent"
-
-    def without(self) -> Conditioning:
-        return self.negative | {name: value[None] for name, value in self.image.items()}
-
-    def conditioning(self, texts: Sequence[Conditioning]) -> Conditioning:
-        """Text and image conditioning of samples, on the CPU, with a batch axis."""
-        text = {name: torch.stack([one[name] for one in texts]) for name in texts[0]}
-        return text | {name: value.expand(len(texts), *value.shape) for name, value in self.image.items()}
 
     def winner(self, place: int, visit: int) -> PairExample:
         assert self.winners is not None, "objectives of these sources have data"
@@ -115,9 +130,9 @@ class Batches:
             id=f"{entry.id}/{number}",
             chosen=entry.latents[0],
             rejected=entry.latents[1],
-            text=self.text(entry.prompt),
-            chosen_image=dict(self.image),
-            rejected_image=dict(self.image),
+            text=self.conditions.text(entry.prompt),
+            chosen_image=dict(self.conditions.image),
+            rejected_image=dict(self.conditions.image),
             p=entry.p,
             weight=entry.weight,
             chosen_reward=entry.rewards[0],
@@ -130,7 +145,7 @@ class Batches:
         example = replace(
             self.winner(entry.place, entry.visit),
             rejected=entry.latents,
-            rejected_image=dict(self.image),
+            rejected_image=dict(self.conditions.image),
             rejected_text=None,
             p=1.0,
         )
@@ -156,7 +171,7 @@ class Batches:
             x0=torch.cat([e.latents for e in entries]),
             noise=torch.stack([noise for _, noise in drawn]),
             t=torch.tensor([t for t, _ in drawn]),
-            conditioning=self.conditioning([self.text(e.prompt) for e in entries for _ in e.numbers]),
+            conditioning=self.conditions.of([e.prompt for e in entries for _ in e.numbers]),
         )
         index = torch.arange(len(ids))
         if groups:
@@ -188,8 +203,8 @@ class Batches:
             x_next=torch.cat([torch.stack([e.x_next[side] for e in entries]) for side in (0, 1)]),
             step=steps,
             t=self.grid.timesteps[steps],
-            conditioning=self.conditioning([self.text(e.prompt) for e in rows]),
-            negative={name: v.expand(len(rows), *v.shape[1:]).clone() for name, v in self.without().items()},
+            conditioning=self.conditions.of([e.prompt for e in rows]),
+            negative={name: v.clone() for name, v in self.conditions.without(len(rows)).items()},
             layout=Layout(pairs=pairs),
         )
 
@@ -211,8 +226,8 @@ class Batches:
             x_next=torch.cat([e.x_next for e in entries]),
             step=steps,
             t=self.grid.timesteps[steps],
-            conditioning=self.conditioning([self.text(e.prompt) for e in entries for _ in e.old]),
-            negative={name: v.expand(count, *v.shape[1:]).clone() for name, v in self.without().items()},
+            conditioning=self.conditions.of([e.prompt for e in entries for _ in e.old]),
+            negative={name: v.clone() for name, v in self.conditions.without(count).items()},
             layout=Layout(groups=groups),
             old=torch.cat([e.old for e in entries]),
             mean=None if entries[0].mean is None else torch.cat([e.mean for e in entries if e.mean is not None]),

@@ -45,7 +45,7 @@ from diffalign.policy import Policy, without_dropout
 from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
 from diffalign.sampling import sampling_mode
-from diffalign.sampling.batches import AnyBatch, Batches
+from diffalign.sampling.batches import AnyBatch, Batches, Conditions
 from diffalign.sampling.entries import (
     CLASSES,
     Entry,
@@ -73,10 +73,8 @@ class ImageRollouts:
         policy: the network and its reference.
         accelerator: processes.
         prompts: texts.
-        text: conditioning of a prompt by its number, without a batch axis, on the CPU.
-        negative: conditioning without a prompt, batch 1.
+        conditions: conditioning of samples.
         latent_shape: of one sample.
-        image: per-image conditioning of samples (SDXL's time ids), without a batch axis.
         winners: data whose chosen images are trained on, for objectives that compare them with samples.
         kept: indices of `winners` that may be trained on.
     """
@@ -89,16 +87,14 @@ class ImageRollouts:
         accelerator: Accelerator,
         *,
         prompts: Sequence[str],
-        text: Callable[[int], Conditioning],
-        negative: Conditioning,
+        conditions: Conditions,
         latent_shape: tuple[int, ...],
-        image: Conditioning,
         winners: PairMicroBatches | None = None,
         kept: Sequence[int] = (),
     ) -> None:
         self.config, self.rollout, self.family, self.policy = config, config.rollout, family, policy
-        self.accelerator, self.prompts, self.text, self.negative = accelerator, prompts, text, negative
-        self.latent_shape, self.image, self.winners, self.kept = latent_shape, image, winners, list(kept)
+        self.accelerator, self.prompts, self.conditions = accelerator, prompts, conditions
+        self.latent_shape, self.winners, self.kept = latent_shape, winners, list(kept)
         self.objective: Objective = config.objective
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
@@ -111,10 +107,8 @@ class ImageRollouts:
             config,
             family,
             self.grid,
-            text=text,
-            negative=negative,
+            conditions=conditions,
             latent_shape=latent_shape,
-            image=image,
             winners=winners,
             kept=kept,
         )
@@ -255,9 +249,7 @@ class ImageRollouts:
         device, scale = self.accelerator.device, self.rollout.guidance_scale
         here = {name: value.to(device) for name, value in conditioning.items()}
         count = len(next(iter(here.values())))
-        empty = {
-            name: value.to(device).expand(count, *value.shape[1:]) for name, value in self.batches.without().items()
-        }
+        empty = {name: value.to(device) for name, value in self.conditions.without(count).items()}
 
         def call(x: Tensor, times: Tensor) -> Tensor:
             return guided(self.policy, self.policy.bare, x, times, here, empty, scale)
@@ -284,7 +276,7 @@ class ImageRollouts:
             number: of the round.
             texts: conditioning of each, without a batch axis; None: that of the prompts.
         """
-        texts = [self.text(index) for index in chosen] if texts is None else texts
+        texts = [self.conditions.text(index) for index in chosen] if texts is None else texts
         shared = (
             self.objective.sampling.shared_start if self.rollout.shared_start is None else self.rollout.shared_start
         )
@@ -299,7 +291,7 @@ class ImageRollouts:
                 part = rows[start : start + self.config.sampling.batch_size]
                 noise = torch.stack([self._noise(f"{names[i]}/{0 if shared else k}", number) for i, k in part])
                 made = sample(
-                    self.predict(self.batches.conditioning([texts[i] for i, _ in part])),
+                    self.predict(self.conditions.of_texts([texts[i] for i, _ in part])),
                     self.grid,
                     noise.to(self.accelerator.device),
                     self.eta,
@@ -470,8 +462,8 @@ class ImageRollouts:
         device, count = self.accelerator.device, self.rollout.samples_per_prompt
         found: list[list[Entry]] = [[] for _ in chosen]
         wanted = [set(self._some(name, number)) for name in names]
-        texts = [self.text(index) for index in chosen]
-        predict = self.predict(self.batches.conditioning(texts))
+        texts = [self.conditions.text(index) for index in chosen]
+        predict = self.predict(self.conditions.of_texts(texts))
         many = [text for text in texts for _ in range(count)]
         captions = [self.prompts[index] for index in chosen for _ in range(count)]
         x = torch.stack([self._noise(f"{name}/0", number) for name in names]).to(device)
@@ -522,7 +514,7 @@ class ImageRollouts:
             part = x[start : start + size]
             ones = torch.ones(len(part), device=part.device)
             times = self.grid.times[step].to(part.device).expand(len(part))
-            output = self.predict(self.batches.conditioning(texts[start : start + size]))(part, times)
+            output = self.predict(self.conditions.of_texts(texts[start : start + size]))(part, times)
             alpha, sigma = float(self.grid.alphas[step]) * ones, float(self.grid.sigmas[step]) * ones
             found.append(convert(output, part, alpha, sigma, self.grid.prediction_type, "sample"))
         return torch.cat(found)
@@ -632,6 +624,8 @@ def guided(
     conditioning: Conditioning,
     negative: Conditioning,
     scale: float,
+    *,
+    detach_negative: bool = False,
 ) -> Tensor:
     """The native prediction with classifier-free guidance, float32: both branches in one forward.
 
@@ -642,6 +636,7 @@ def guided(
         times: what the network is told (N,).
         conditioning, negative: with and without the prompt, batch N.
         scale: 1 is no guidance, and the negative branch is not computed. A model that is told its scale needs no branch.
+        detach_negative: no gradient through the negative branch, which then has a forward of its own.
     """
     family = policy.family
     conditioning, scale = family.guide(conditioning, scale)
@@ -649,7 +644,13 @@ def guided(
     with policy.autocast():
         if scale == 1:
             return family.predict(network, x.to(family.dtype), times, conditioning).float()
-        both = {name: torch.cat([value, negative[name].to(value)]) for name, value in conditioning.items()}
-        output = family.predict(network, torch.cat([x, x]).to(family.dtype), torch.cat([times, times]), both).float()
-    with_prompt, without = output.chunk(2)
+        if detach_negative:
+            with torch.no_grad():
+                empty = {name: negative[name].to(value) for name, value in conditioning.items()}
+                without = family.predict(network, x.to(family.dtype), times, empty).float()
+            with_prompt = family.predict(network, x.to(family.dtype), times, conditioning).float()
+        else:
+            both = {name: torch.cat([value, negative[name].to(value)]) for name, value in conditioning.items()}
+            pair = family.predict(network, torch.cat([x, x]).to(family.dtype), torch.cat([times, times]), both)
+            with_prompt, without = pair.float().chunk(2)
     return without + scale * (with_prompt - without)

@@ -38,6 +38,8 @@ def has_lagged(config: RunConfig) -> bool:
 
 def kind_of(objective: Objective) -> Kind:
     """The kind of score that an image run gives an objective."""
+    if objective.rows_from == "differentiable":
+        return Kind.REWARD
     return Kind.STEP if objective.trains_steps else Kind.BOUND
 
 

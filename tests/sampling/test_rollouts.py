@@ -115,10 +115,8 @@ def processes(job: ImageJob, count: int, batch: int, monkeypatch: pytest.MonkeyP
             old.policy,
             accelerator,
             prompts=old.prompts,
-            text=old.text,
-            negative=old.negative,
+            conditions=old.conditions,
             latent_shape=old.latent_shape,
-            image=old.image,
             winners=old.winners,
             kept=old.kept,
         )

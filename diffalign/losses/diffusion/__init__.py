@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffalign.losses.diffusion.align_prop import AlignProp
     from diffalign.losses.diffusion.awm import AWM
     from diffalign.losses.diffusion.bide_dpo import BideDPO
     from diffalign.losses.diffusion.capo import CaPO
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from diffalign.losses.diffusion.dgpo import DGPO
     from diffalign.losses.diffusion.dmpo import DMPO
     from diffalign.losses.diffusion.dpok import DPOK
+    from diffalign.losses.diffusion.draft import DRaFT, DRaFTLV
     from diffalign.losses.diffusion.dro import DiffusionDRO
+    from diffalign.losses.diffusion.drtune import DRTune
     from diffalign.losses.diffusion.dspo import DSPO
     from diffalign.losses.diffusion.dual_ipo import DualIPO
     from diffalign.losses.diffusion.flow_dpo import FlowDPO
@@ -37,10 +40,12 @@ if TYPE_CHECKING:
     from diffalign.losses.diffusion.patch_dpo import PatchDPO
     from diffalign.losses.diffusion.prdp import PRDP
     from diffalign.losses.diffusion.pso import PSO, PSOPersonal
+    from diffalign.losses.diffusion.refl import ReFL
     from diffalign.losses.diffusion.sdpo import SDPO
     from diffalign.losses.diffusion.seppo import SePPO
     from diffalign.losses.diffusion.smpo import SmPO
     from diffalign.losses.diffusion.spo import SPO
+    from diffalign.losses.diffusion.srpo import SRPO
     from diffalign.losses.diffusion.subject_rpo import SubjectRPO
 
 # Where every class is; the names of objectives are in `diffalign.losses.FAMILIES`.
@@ -75,6 +80,12 @@ MODULES: dict[str, str] = {
     "GRPOGuard": "grpo_guard",
     "FlowDPPO": "flow_dppo",
     "PRDP": "prdp",
+    "AlignProp": "align_prop",
+    "DRaFT": "draft",
+    "DRaFTLV": "draft",
+    "ReFL": "refl",
+    "DRTune": "drtune",
+    "SRPO": "srpo",
 }
 
 
