@@ -116,3 +116,5 @@ def _check_head(config: RunConfig) -> None:
         raise ConfigError(f"lora: has no effect with judge.tuning: {judge.tuning}; remove the section")
     if judge.logit_scale and judge.tuning != "full":
         raise ConfigError("judge.logit_scale: it is trained in full tuning only; set judge.tuning: full")
+    if judge.logit_scale and judge.head == "general":
+        raise ConfigError("judge.logit_scale: has no effect with judge.head: general, which reads no cosine; remove it")

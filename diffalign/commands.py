@@ -23,9 +23,9 @@ from diffalign.data.prompts import load_prompts
 from diffalign.data.report import DataReport
 from diffalign.data.source import resolve
 from diffalign.errors import CheckpointError, ConfigError
-from diffalign.families import NETWORK, DenoisingFamily
+from diffalign.families import NETWORK, DenoisingFamily, EncodingFamily
 from diffalign.files import atomic_write_text, require_writable
-from diffalign.hardware import make_accelerator, open_denoising
+from diffalign.hardware import make_accelerator, open_denoising, open_family
 from diffalign.outputs import held_out_result
 from diffalign.policy import Policy
 from diffalign.progress import Progress
@@ -76,7 +76,9 @@ def build_cache(config: RunConfig) -> str:
     accelerator = make_accelerator(config.training, config.output_dir)
     require_writable(config.cache_dir)
     config = replace(config, cache=replace(config.cache, enabled=True))
-    prepared = prepare(config, open_denoising(config, accelerator), accelerator)
+    family = open_family(config, accelerator)
+    assert isinstance(family, EncodingFamily), "all but language models are"
+    prepared = prepare(config, family, accelerator)
     return f"{len(prepared.data):,} pairs in {config.cache_dir} ({prepared.report.summary()})"
 
 

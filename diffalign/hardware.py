@@ -54,11 +54,12 @@ def open_denoising(config: RunConfig, accelerator: Accelerator) -> DenoisingFami
     """The family of a config whose model makes images.
 
     Raises:
-        ConfigError: it is a language model's.
+        ConfigError: it is a language model's or a reward's.
     """
     family = open_family(config, accelerator)
     if not isinstance(family, DenoisingFamily):
-        raise ConfigError(f"model.family {config.model.family!r} works on texts; this needs a model that makes images")
+        what = "works on texts" if family.modality == "text" else "trains reward models"
+        raise ConfigError(f"model.family {config.model.family!r} {what}; this needs a model that makes images")
     return family
 
 

@@ -47,8 +47,9 @@ class Trained(Reward):
             raise RewardError(f"trained: {self.folder} cannot be loaded: {str(error).splitlines()[0]}") from error
         self.network = network.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
-        self.size = int(network.config.vision_config.image_size)
-        self.max_length = int(network.config.text_config.max_position_embeddings)
+        config: Any = network.config
+        self.size = int(config.vision_config.image_size)
+        self.max_length = int(config.text_config.max_position_embeddings)
         self.eight_bit = True  # see `preprocess`
         self._parts: dict[str, Tensor] = {}
 

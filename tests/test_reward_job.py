@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from diffalign import checkpoint, preflight, rewards
+from diffalign import checkpoint, commands, preflight, rewards
 from diffalign._plan_rewards import plan_reward, render
 from diffalign.config import build
 from diffalign.errors import DataError, UserError
+from diffalign.judges import load_judge
 from diffalign.metrics import read_rows
 from diffalign.reward_math import load_statistics
 from diffalign.trainer import train
+from diffalign.world.names import base_folder
 from diffalign.world.scenes import Style, compose, draw, parse_caption, sample_captions
 
 
@@ -156,9 +159,6 @@ def test_an_earlier_reward_is_tuned_on_with_its_head(tmp_path, data):
 
 
 def test_frozen_weights_stay_as_they_are(tmp_path, data):
-    from diffalign.families.clip_reward import base_folder
-    from diffalign.judges import load_judge
-
     train(build(tree(tmp_path / "run", data, judge={"head": "aspects", "outputs": 2, "tuning": "head"}, lora={})))
     before, after = load_judge(base_folder("tiny-clip")), load_judge(tmp_path / "run" / "reward")
     for name, value in before.state_dict().items():
@@ -193,6 +193,14 @@ def test_aspects_beyond_the_heads_are_refused(tmp_path, data):
         ({"judge": {"tuning": "head"}}, "the cosine has none"),
         ({"judge": {"tuning": "full"}}, "lora: has no effect"),
         ({"judge": {"logit_scale": True}}, "full tuning only"),
+        (
+            {
+                "judge": {"logit_scale": True, "tuning": "full", "head": "general", "outputs": 2},
+                "lora": {},
+                "objective": {"name": "general_preference"},
+            },
+            "reads no cosine",
+        ),
         ({"evaluation": {"rewards": ["world_clip"]}}, "held_out_fraction is 0"),
         ({"evaluation": {"at_end": True}}, "evaluation.at_end: has no effect"),
         ({"denoising": {"timestep_min": 3}}, "denoising: has no effect"),
@@ -213,6 +221,33 @@ def test_the_section_of_reward_models_is_refused_elsewhere(tmp_path, data):
     made["model"] = {"family": "sdxl", "pretrained": "tiny-sdxl"}
     with pytest.raises(UserError, match="judge: has no effect on family 'sdxl'"):
         preflight.check(build(made))
+
+
+def test_commands_that_need_a_generator_say_so_and_cache_works(tmp_path, data):
+    config = build(tree(tmp_path / "run", data))
+    assert commands.build_cache(config).startswith("48 pairs")
+    with pytest.raises(UserError, match="'clip_reward' trains reward models; this needs a model that makes images"):
+        commands.generate(
+            config,
+            prompts=["a red circle"],
+            adapter=None,
+            with_base=False,
+            seed=0,
+            images_per_prompt=1,
+            out=tmp_path / "out",
+        )
+
+
+def test_half_precision_towers_train_their_adapter_in_float32(tmp_path, data):
+    judge = {"head": "aspects", "outputs": 2}
+    more = {"training__mixed_precision": "bf16", "training__max_train_steps": 2, "cache__dir": str(tmp_path / "cache")}
+    made = tree(tmp_path / "run", data, judge=judge, **more)
+    train(build(made))
+    state = checkpoint.load(tmp_path / "run" / "checkpoint-000002", build(made)).adapter
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert all(value.isfinite().all() for value in state.values())
+    written = load_file(tmp_path / "run" / "reward" / "model.safetensors")
+    assert written["visual_projection.weight"].dtype == torch.bfloat16
 
 
 def test_plan_counts_what_is_trained(tmp_path, data):

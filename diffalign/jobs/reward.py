@@ -117,7 +117,7 @@ class RewardJob(Job):
         self.autocast = self.accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
         self.settings = self._settings()
         self.aspects = self.settings.head == "aspects"
-        prepared = prepare(config, self.family, self.accelerator)  # type: ignore[arg-type]
+        prepared = prepare(config, self.family, self.accelerator)
         if self.accelerator.is_main_process:
             prepared.report.write(self.run_dir / REPORT)
         self.data = prepared.data

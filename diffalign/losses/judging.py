@@ -199,7 +199,7 @@ class GeneralPreference(JudgeObjective):
     Every item has an embedding v in R^2k instead of a score, and P(w over l) = sigma(<R v_w, v_l> / temperature), R a
     rotation by 90 degrees in each of k planes. One plane already represents rock, paper, scissors, which no score can.
     Soft labels as in Bradley-Terry. The paper scales v to unit length; in the code that is commented out. The paper is
-    followed: lengths are the network's business (`heads.general`).
+    followed: the network scales them (`diffalign.judges`).
 
     temperature: 0.1 (paper and code).
     """
