@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -48,6 +48,8 @@ class DRTune(Backprop):
     composition: ClassVar[str] = (
         "sampler with detached inputs, some steps trained -> reward of an early predicted clean image -> minus it"
     )
+    status: ClassVar[Literal["stable", "experimental"]] = "experimental"
+    unknown: ClassVar[str] = "the paper's own number of trained steps and range of the stop"
     parity: ClassVar[str] = "RuoyuWang-2077/FlowBP flowbp/trainers/sd35/drtune.py (formula)"
 
     def __post_init__(self) -> None:
