@@ -11,7 +11,7 @@ from typing import Any
 from diffalign._charts import Series, heat_strip, line_chart
 from diffalign._page import COLOURS, card, cards, missing, table
 from diffalign._run_data import RunData, is_number, text_of
-from diffalign.health import LOG2
+from diffalign.health import LOG2, UNITS
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ CHARTS = (
     Chart("Size of the advantage", (("advantage/abs", ""),)),
     Chart("Gradient norm", (("grad_norm", ""),), log=True),
     Chart("Learning rate", (("learning_rate", ""),), smoothed=False),
-    Chart("Pairs per second", (("pairs_per_second", ""),)),
-    Chart("Samples per second", (("samples_per_second", ""),)),
+    *(Chart(f"{unit.capitalize()} per second", ((f"{unit}_per_second", ""),)) for unit in UNITS),
     Chart("Memory in GB", (("memory_gb", ""),)),
 )
 

@@ -302,7 +302,9 @@ def print_result(result: dict) -> None:  # type: ignore[type-arg]
                     f"[{low:+.3f}, {high:+.3f}]"
                 )
     if "steps" in result:
-        unit = "pairs" if "pairs" in result else "samples"
+        from diffalign.health import UNITS
+
+        unit = next(unit for unit in UNITS if unit in result)
         print(
             f"{result['steps']} steps on {result[unit]} {unit} in {result['train_seconds']:.0f} s "
             f"({result['seconds_per_step']:.2f} s per step)"

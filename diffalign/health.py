@@ -20,6 +20,7 @@ from diffalign._health_text import TextChecks
 from diffalign.errors import UserError
 
 LOG2 = math.log(2)
+UNITS = ("pairs", "prompts", "samples")  # what jobs count, see `Job.unit`
 
 
 class NonFiniteLossError(UserError):
@@ -294,7 +295,7 @@ class Monitor:
         )
 
     def _slow(self) -> str | None:
-        unit = "pairs" if any("pairs_per_second" in row for row in self._recent) else "samples"
+        unit = next((u for u in UNITS if any(f"{u}_per_second" in row for row in self._recent)), UNITS[0])
         rates = [row[f"{unit}_per_second"] for row in self._recent if f"{unit}_per_second" in row]
         if len(rates) < 80:
             return None

@@ -25,6 +25,7 @@ from diffalign._report_text import text_samples, unlearning
 from diffalign._run_data import RunData, duration, get, interval_of, is_number, read_json, read_run, row_counts, text_of
 from diffalign.errors import UserError
 from diffalign.files import atomic_write_text
+from diffalign.health import UNITS
 from diffalign.model_card import caveats
 
 REPORT, COMPARISON = "report.html", "comparison.html"
@@ -203,8 +204,7 @@ def _gain_card(result: Mapping[str, Any]) -> str:
 def _cost_card(result: Mapping[str, Any]) -> str:
     rows = [
         ("steps", result.get("steps")),
-        ("pairs", result.get("pairs")),
-        ("samples", result.get("samples")),
+        *((unit, result.get(unit)) for unit in UNITS),
         ("seconds per step", result.get("seconds_per_step")),
         ("training", duration(result.get("train_seconds"))),
         ("held-out accuracy", _accuracy(result)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -42,7 +42,7 @@ class Job(ABC):
         own_gradients: its forwards go past the wrapper that averages gradients over processes, so the trainer has to.
     """
 
-    unit: ClassVar[str]
+    unit: str
     count: int = 0
     held_out: int = 0
     own_gradients: bool = False

@@ -95,7 +95,7 @@ class ImageJob(Job):
         self.asked = Sampler(self.family, new, config.sampling, side, self.autocast, frames)
         self.prompts = prompts
         if self.data is None:
-            self.count = len(prompts)
+            self.count, self.unit = len(prompts), "prompts"
         self.elements = math.prod(self.asked.latent_shape)
 
     def _sampler(self) -> Sampler | None:
