@@ -32,7 +32,7 @@ class WorldClip(Reward):
 
     range = (-1.0, 1.0)
     unit = (
-        "cosine, trained to be the verifier's score, or (verifier + taste) / 2; drawings of their caption have about 1"
+        "cosine, trained to be the verifier's score, or (verifier + taste) / 2; drawings of their caption have about 0.9"
     )
     differentiable = True
     weights = None
