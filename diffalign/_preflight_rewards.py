@@ -17,6 +17,7 @@ READ_BY_REWARDS = (
     "data.flip",
     "data.world_pairs",
     "data.label_from",
+    "evaluation.every",
 )
 # Keys that images and texts both read and reward training does not.
 UNREAD_BY_REWARDS = (
@@ -37,6 +38,8 @@ UNREAD_BY_REWARDS = (
     "evaluation.images_per_prompt",
     "evaluation.seed",
     "evaluation.grid_prompts",
+    "evaluation.keep_best",
+    "evaluation.patience",
 )
 
 
@@ -79,11 +82,12 @@ def check_reward_run(config: RunConfig, facts: Collection[str]) -> None:
         )
     for name in config.evaluation.rewards:
         rewards.check_images(name)
-    if config.evaluation.rewards and not config.evaluation.held_out_fraction:
-        raise ConfigError(
-            "evaluation.rewards: they are compared on held-out pairs, and evaluation.held_out_fraction is 0; set it, or "
-            "remove them"
-        )
+    for name in ("rewards", "every"):
+        if getattr(config.evaluation, name) and not config.evaluation.held_out_fraction:
+            raise ConfigError(
+                f"evaluation.{name}: it is about held-out pairs, and evaluation.held_out_fraction is 0; set it, or remove "
+                f"evaluation.{name}"
+            )
 
 
 def _check_head(config: RunConfig) -> None:

@@ -590,7 +590,8 @@ class EvaluationConfig:
         seed: of the evaluation noise, independent of the training seed.
         held_out_fraction: share of the pairs kept out of training for the implicit accuracy.
         grid_prompts: how many prompts the before/after grid shows.
-        every: optimiser steps between looks at the rewards during training, on `watch_prompts` of the prompts; 0: none.
+        every: optimiser steps between looks at the rewards during training, on `watch_prompts` of the prompts; 0: none. Of
+            reward models: at the accuracy on held-out pairs.
         watch_prompts: how many of them, one image each.
         keep_best: one of `rewards`: adapter files and the evaluation at the end are those of the step at which its mean was
             highest, which must not be a reward that is trained on to guard against hacking. null: of the last step.

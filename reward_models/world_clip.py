@@ -31,9 +31,7 @@ class WorldClip(Reward):
     """Cosine of the tiny CLIP: about the share of promises that a 32 x 32 picture keeps, differentiable."""
 
     range = (-1.0, 1.0)
-    unit = (
-        "cosine, trained to be the verifier's score, or (verifier + taste) / 2; drawings of their caption have about 1"
-    )
+    unit = "cosine, trained to be the verifier's score, or (verifier + taste) / 2; drawings of their caption have about 0.9"
     differentiable = True
     weights = None
     licence = "Apache-2.0 (code and weights)"

@@ -80,7 +80,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_learns_a_taste_and_the_reward_loads_by_name(tmp_path, data):
     result = train(
         build(
-            tree(tmp_path / "run", data, training__max_train_steps=30, evaluation__rewards=["world_taste:outlined@1"])
+            tree(
+                tmp_path / "run",
+                data,
+                training__max_train_steps=30,
+                evaluation__rewards=["world_taste:outlined@1"],
+                evaluation__every=15,
+            )
         )
     ).result
     assert result["held_out_accuracy"] > result["held_out_accuracy_before"]
@@ -91,6 +97,8 @@ def test_it_learns_a_taste_and_the_reward_loads_by_name(tmp_path, data):
     assert result["other_rewards"][0]["accuracy"] == 1.0
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["judge/accuracy"] > rows[0]["judge/accuracy"]
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [15, 30]
+    assert rows[-1]["eval/accuracy"] == pytest.approx(result["held_out_accuracy"])
 
     reward = rewards.load(f"trained:{tmp_path / 'run'}")
     caption = "a large red circle on a white background"
@@ -183,7 +191,7 @@ def test_aspects_beyond_the_heads_are_refused(tmp_path, data):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"objective": {"name": "dpo"}}, "objective 'dpo' on judge scores: .*use bradley_terry"),
+        ({"objective": {"name": "dpo"}}, "objective 'dpo' on judge scores: .*use 'bradley_terry'"),
         ({"data__resolution": 64}, "data.resolution: got 64; the vision tower of 'tiny-clip' looks at 32"),
         ({"objective": {"name": "bradley_terry_ties"}, "data__ties": "drop"}, "data.ties: drop"),
         ({"judge": {"head": "general", "outputs": 2}}, "belong together"),
@@ -202,6 +210,7 @@ def test_aspects_beyond_the_heads_are_refused(tmp_path, data):
             "reads no cosine",
         ),
         ({"evaluation": {"rewards": ["world_clip"]}}, "held_out_fraction is 0"),
+        ({"evaluation": {"every": 5}}, "evaluation.every: it is about held-out pairs"),
         ({"evaluation": {"at_end": True}}, "evaluation.at_end: has no effect"),
         ({"denoising": {"timestep_min": 3}}, "denoising: has no effect"),
         ({"data__flip": True, "data__buckets": True}, "data.buckets: has no effect"),

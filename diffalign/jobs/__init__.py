@@ -1,8 +1,7 @@
 """Jobs: what the trainer must know about a modality.
 
 The trainer owns the loop, the optimiser, checkpoints and metrics. A job owns the data, the policy, the scores and what
-people look at in the end. There is one for images, one for texts, and one for
-reward models.
+people look at in the end. There is one for images, one for texts, and one for reward models.
 """
 
 from __future__ import annotations

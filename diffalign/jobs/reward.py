@@ -220,6 +220,9 @@ class RewardJob(Job):
             self.before = {"accuracy": accuracy.mean, "ci95": [accuracy.ci_low, accuracy.ci_high]}
             log.info("before training: right on %.1f %% of the held-out pairs", 100 * accuracy.mean)
 
+    def watch(self, step: int) -> dict[str, float]:
+        return {"eval/accuracy": float(self._accuracy(self._measure(self.kept_out)).mean())}
+
     @torch.no_grad()
     def _measure(self, indices: Sequence[int]) -> Measured:
         """What the judge says of pairs, as it is now."""

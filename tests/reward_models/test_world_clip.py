@@ -30,7 +30,7 @@ def test_a_drawing_is_worth_more_for_its_own_caption(held_out):
     differ = torch.tensor([a != b for a, b in zip(captions, other, strict=True)])
     own, false = score(reward, images, captions), score(reward, images, other)
     assert (own > false)[differ].float().mean() > 0.97
-    assert own.mean() > 0.9  # the unit: what a drawing of its caption has
+    assert 0.85 < own.mean() < 0.95  # the unit: what a drawing of its caption has
 
 
 @pytest.mark.parametrize(("taste", "style"), [("outlined", Style(outline=True)), ("pastel", Style(pastel=True))])
