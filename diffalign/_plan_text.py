@@ -187,7 +187,8 @@ def _disk(plan: Plan) -> Iterator[str]:
 def _verdict(plan: Plan) -> Iterator[str]:
     total = plan.setting.memory.total
     if plan.gpu_bytes is None:
-        yield _row("needs about", f"{total / GIB:.1f} GiB; name a card (GB) to see whether it fits")
+        most = max(total, plan.cache_phase_bytes or 0, plan.sampling_phase_bytes or 0)
+        yield _row("needs about", f"{most / GIB:.1f} GiB; name a card (GB) to see whether it fits")
         return
     card = f"{plan.gpu_bytes / GIB:.0f} GiB"
     if plan.fits:

@@ -325,6 +325,7 @@ def test_objectives_refuse_settings_that_contradict_each_other() -> None:
         ({"name": "refl", "link": "linear"}, "target is 2.0 with link 'linear'"),
         ({"name": "draft", "last_steps": 0}, "last_steps is 0"),
         ({"name": "srpo", "positive": []}, "positive is empty"),
+        ({"name": "srpo", "caption": "{word}"}, "expected both {word} and {prompt}"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_objective(settings)

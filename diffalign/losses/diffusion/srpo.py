@@ -53,6 +53,7 @@ class SRPO(Backprop):
 
     Attributes:
         positive, negative: control words, one drawn with every step; both lists have the same length, or one entry.
+        caption: a control word before the prompt, with both in braces.
         inversion: the branch that penalises; without it the method is prone to hacking (maintainers).
         link: "hinge" (code).
         target: 0.7, of HPSv2.1 (code).
@@ -60,6 +61,7 @@ class SRPO(Backprop):
 
     positive: tuple[str, ...] = ("Realistic photo",)
     negative: tuple[str, ...] = ("CG Render",)
+    caption: str = "{word}. {prompt}"
     inversion: bool = True
     link: Literal["linear", "hinge", "distance"] = "hinge"
     target: float | None = 0.7
@@ -79,11 +81,14 @@ class SRPO(Backprop):
             object.__setattr__(self, name, (words,) if isinstance(words, str) else tuple(words))
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; expected at least one control word")
+        if "{word}" not in self.caption or PROMPT not in self.caption:
+            raise ValueError(f"caption is {self.caption!r}; expected both {{word}} and {PROMPT} in it")
 
     def captions(self, slot: int, words: tuple[str, str], ends: tuple[float, float]) -> tuple[tuple[float, str], ...]:
         """(1 + k) of the first word's caption, minus that of the second."""
         k = ends[0] + (ends[1] - ends[0]) * slot / (SLOTS - 1)
-        return (1 + k, f"{words[0]}. {PROMPT}"), (-1.0, f"{words[1]}. {PROMPT}")
+        good, bad = (self.caption.replace("{word}", word) for word in words)
+        return (1 + k, good), (-1.0, bad)
 
     def walk(self, chain: Chain) -> Sequence[End]:
         generator = chain.generator

@@ -345,6 +345,8 @@ def captions_are_relative_and_swapped_in_the_inversion(cls):
         assert 1.01 <= other <= 1.3
         close(torch.tensor((one - 1.1) / 0.15), torch.tensor((1.3 - other) / 0.29), rtol=1e-5)
     assert [weight for weight, _ in objective.captions(0, ("a", "b"), (0.1, 0.25))] == [1.1, -1.0]
+    other = cls(caption="{prompt}, {word}").captions(0, ("a", "b"), (0.1, 0.25))
+    assert [text for _, text in other] == ["{prompt}, a", "{prompt}, b"]
     words = {cls(positive=("x", "y"), negative=("z",)).walk(Straight(seed=s))[0].captions[0][1] for s in range(20)}
     assert words == {"x. {prompt}", "y. {prompt}"}
 
@@ -463,9 +465,9 @@ CASES = [
             ("(bad, good), INVERT", "(good, bad), INVERT"),
             ("to.sigma * noise", "level.sigma * noise"),
             ("(-HALF, HALF)", "(HALF, -HALF)"),
-            ("(-1.0, f", "(1.0, f"),
+            ("(-1.0, bad)", "(1.0, bad)"),
             ("ends[0] + (ends[1] - ends[0])", "ends[1] + (ends[0] - ends[1])"),
-            ("(1 + k, f", "(k, f"),
+            ("(1 + k, good)", "(k, good)"),
         ],
         kinds=(Kind.REWARD,),
     ),
