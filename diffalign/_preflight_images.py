@@ -128,9 +128,15 @@ UNREAD = (
     ),
     Unread(
         "rollout",
-        ("window", "window_range"),
+        ("window", "window_range", "window_every"),
         _no_source("steps"),
         "only policy gradients on the sampler's steps read it, such as grpo",
+    ),
+    Unread(
+        "rollout",
+        ("window_range", "window_every"),
+        lambda config: config.rollout.window is None,
+        "it moves rollout.window, and there is none",
     ),
     Unread(
         "rollout",
@@ -215,6 +221,32 @@ def check_round(config: RunConfig) -> None:
         )
     if objective.rows_from in FROM_DATA:
         _check_sizes(config)
+
+
+def check_groups(config: RunConfig) -> None:
+    """Refuse rewards that compare the images of a prompt where these would not come together.
+
+    Raises:
+        ConfigError: naming the reward.
+    """
+    from diffalign import rewards
+    from diffalign.rewards import Reward
+
+    count, batch = config.rollout.samples_per_prompt, config.sampling.batch_size
+    for name in config.rollout.rewards:
+        cls, _ = rewards.find(name)
+        if not (issubclass(cls, Reward) and cls.grouped):
+            continue
+        if config.objective.rows_from in ("candidates", "differentiable"):
+            raise ConfigError(
+                f"rollout.rewards: {name!r} compares the images of a prompt, and objective {config.objective.name!r} scores "
+                "them one by one; remove it"
+            )
+        if batch % count:
+            raise ConfigError(
+                f"sampling.batch_size: got {batch}; reward {name!r} compares the images of a prompt, which are scored as "
+                f"they are sampled: expected a multiple of rollout.samples_per_prompt {count}"
+            )
 
 
 def _check_steps(rollout: RolloutConfig) -> None:

@@ -248,7 +248,9 @@ class RolloutConfig:
             (DanceGRPO), "cps" (Flow-CPS); `eta` is their noise level, null: 0.7, 0.3 and 0.8.
         window: policy gradients on steps: so many consecutive steps are stochastic and trained, the others deterministic;
             null: all.
-        window_range: first and last possible start of the window, drawn per prompt and round; empty: 0 to half the steps.
+        window_range: first and last possible start of the window; empty: 0 to half the steps.
+        window_every: the window moves on by one step every so many rounds, from the first start to the last and over again
+            (MixGRPO: 25); null: its start is drawn for every prompt and round (Flow-GRPO-Fast).
         steps_per_sample: of every trajectory, how many of its steps are trained, drawn at random; null: all that have a
             density for trajectory objectives, and 1 for points on the way (Diffusion-DRO).
         first_step: the first sampler step that transition objectives train (SPO: 4 of 20).
@@ -278,6 +280,7 @@ class RolloutConfig:
     kernel: Literal["ddim", "flow_sde", "constant_sde", "cps"] = "ddim"
     window: int | None = None
     window_range: tuple[int, ...] = ()
+    window_every: int | None = None
     shared_start: bool | None = None
     steps_per_sample: int | None = None
     first_step: int = 0
@@ -296,6 +299,8 @@ class RolloutConfig:
             raise ValueError(f"eta is {self.eta}; expected 0 <= eta <= 1 (flow_sde: 2)")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}; expected at least 1 step")
+        if self.window_every is not None and self.window_every < 1:
+            raise ValueError(f"window_every is {self.window_every}; expected at least 1 round, or null")
         if self.window_range and (len(self.window_range) != 2 or not 0 <= self.window_range[0] <= self.window_range[1]):
             raise ValueError(
                 f"window_range is {list(self.window_range)}; expected first and last start, 0 <= first <= last"
@@ -413,6 +418,8 @@ class ReferenceConfig:
             that is near to, and not quite, the average of the two models.
         base_share: of "mixture", in [0, 1].
         momentum: of "momentum", >= 0; the published value is UNVERIFIED (about 0.3).
+        guidance_scale: of the reference's prediction, for objectives on groups of sampled images: their `beta` then pulls
+            the policy, which goes without guidance, to what the reference predicts with it (CRD and DGPO: 4.5).
     """
 
     scheme: Literal["frozen", "sync", "pool", "mixture", "momentum"] = "frozen"
@@ -420,8 +427,11 @@ class ReferenceConfig:
     rate: float = 1.0
     base_share: float = 0.5
     momentum: float = 0.3
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.guidance_scale < 1:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; expected at least 1, which is none")
         if self.every < 1:
             raise ValueError(f"every is {self.every}; expected at least 1 optimiser step")
         if not 0 < self.rate <= 1:

@@ -23,6 +23,10 @@ LOG2 = math.log(2)
 UNITS = ("pairs", "prompts", "samples")  # what jobs count, see `Job.unit`
 
 
+RATIO_LIMIT = 0.05  # of the first step's distance from 1: beyond it a run is stopped
+_RATIO_CAUSES = "sampling and training differ in network, number format, guidance or noise levels, or dropout is on"
+
+
 class NonFiniteLossError(UserError):
     """The loss became NaN or infinite; nothing was written after the last good step.
 
@@ -66,6 +70,29 @@ def require_finite(step: int, sample_ids: Sequence[str], losses: Tensor, checkpo
         if len(values) % len(sample_ids):
             names = [" or ".join(sample_ids)] * len(bad)
         raise NonFiniteLossError(step, names, [values[i] for i in bad], checkpoint)
+
+
+class OffPolicyError(UserError):
+    """The first step's samples do not look as if the policy had made them."""
+
+
+def require_on_policy(row: Mapping[str, float]) -> None:
+    """Stop at a first step whose mean ratio to the policy that sampled is far from 1, which it is before any update.
+
+    Smaller distances, as half precision makes them, are an alarm (`Monitor`).
+
+    Args:
+        row: metrics of the first optimiser step of a new run.
+
+    Raises:
+        OffPolicyError: what was got, and where to look.
+    """
+    ratio = row.get("ratio", 1.0)
+    if not abs(ratio - 1) <= RATIO_LIMIT:  # also for NaN
+        raise OffPolicyError(
+            f"the first step's mean ratio to the policy that sampled is {ratio:.4f}; before any update it must be 1: "
+            f"{_RATIO_CAUSES}. Nothing was kept; training.mixed_precision=no tells whether it is rounding"
+        )
 
 
 @dataclass(frozen=True)
@@ -153,6 +180,7 @@ class Monitor:
     def _checks(self) -> dict[str, tuple[Literal["alarm", "notice"], Callable[[], str | None]]]:
         own: dict[str, tuple[Literal["alarm", "notice"], Callable[[], str | None]]] = {
             "first_loss": ("alarm", self._first_loss),
+            "first_ratio": ("alarm", self._first_ratio),
             "not_learning": ("alarm", self._not_learning),
             "winner_error": ("alarm", self._winner_error),
             "displacement": ("notice", self._displacement),
@@ -201,6 +229,14 @@ class Monitor:
             f"the first loss is {first['loss']:.4f} (logit spread {spread:.2g}), but an untouched adapter must give "
             f"{expected:.4f} and 0: policy and reference differ before training. Look for dropout in "
             "the network, noise that is not shared, or two number formats"
+        )
+
+    def _first_ratio(self) -> str | None:
+        if not self.fresh or self._seen > 1 or abs(self._recent[0].get("ratio", 1.0) - 1) < 1e-3:
+            return None
+        return (
+            f"the first step's mean ratio to the policy that sampled is {self._recent[0]['ratio']:.4f}, and before any "
+            f"update it must be 1: {_RATIO_CAUSES}"
         )
 
     def _not_learning(self) -> str | None:

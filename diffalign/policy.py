@@ -169,10 +169,19 @@ class Policy:
         parts = self.reference.parts()
         total = torch.zeros((), device=x_t.device)
         for weight, weights in parts:
-            with torch.no_grad(), self.reference.active(weights), self.autocast():
-                missed = miss(self._call(self.bare, x_t, rows.t, rows.conditioning))
+            with torch.no_grad(), self.reference.active(weights):
+                missed = miss(self._call_reference(x_t, rows, self.reference.config.guidance_scale))
             total = total + weight * error(missed)
         return total, missed if len(parts) == 1 else None  # a mixture of scores has no prediction of its own
+
+    def _call_reference(self, x_t: Tensor, rows: Rows, scale: float) -> Tensor:
+        """The native prediction with the weights in place, guided if the reference is."""
+        if scale == 1:
+            with self.autocast():
+                return self._call(self.bare, x_t, rows.t, rows.conditioning)
+        assert rows.negative is not None, "rows for a guided reference have it"
+        times = self.family.schedule.time(rows.t)
+        return guided(self, self.bare, x_t, times, rows.conditioning, rows.negative, scale)
 
     def _noised(self, rows: Rows, alpha: Tensor, sigma: Tensor, noising: str) -> tuple[Tensor, Tensor]:
         """Noisy latents and the network's target there."""
@@ -322,3 +331,43 @@ def without_dropout(network: nn.Module) -> Iterator[None]:
     finally:
         for part in active:
             part.train()
+
+
+def guided(
+    policy: Policy,
+    network: torch.nn.Module,
+    x: Tensor,
+    times: Tensor,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    scale: float,
+    *,
+    detach_negative: bool = False,
+) -> Tensor:
+    """The native prediction with classifier-free guidance, float32: both branches in one forward.
+
+    Args:
+        policy: for its family and precision.
+        network: bare or wrapped.
+        x: noisy latents (N, ...).
+        times: what the network is told (N,).
+        conditioning, negative: with and without the prompt, batch N.
+        scale: 1 is no guidance, and the negative branch is not computed. A model that is told its scale needs no branch.
+        detach_negative: no gradient through the negative branch, which then has a forward of its own.
+    """
+    family = policy.family
+    conditioning, scale = family.guide(conditioning, scale)
+    policy.forwards += len(x) * (1 if scale == 1 else 2)
+    with policy.autocast():
+        if scale == 1:
+            return family.predict(network, x.to(family.dtype), times, conditioning).float()
+        if detach_negative:
+            with torch.no_grad():
+                empty = {name: negative[name].to(value) for name, value in conditioning.items()}
+                without = family.predict(network, x.to(family.dtype), times, empty).float()
+            with_prompt = family.predict(network, x.to(family.dtype), times, conditioning).float()
+        else:
+            both = {name: torch.cat([value, negative[name].to(value)]) for name, value in conditioning.items()}
+            pair = family.predict(network, torch.cat([x, x]).to(family.dtype), torch.cat([times, times]), both)
+            with_prompt, without = pair.float().chunk(2)
+    return without + scale * (with_prompt - without)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign import plugins
-from diffalign._preflight_images import check_errors, check_round, check_schedule, check_unread
+from diffalign._preflight_images import check_errors, check_groups, check_round, check_schedule, check_unread
 from diffalign._preflight_rewards import READ_BY_REWARDS, UNREAD_BY_REWARDS, check_reward_run
 from diffalign.config import GenerationConfig, RolloutConfig, RunConfig
 from diffalign.errors import ConfigError, DataError, did_you_mean
@@ -85,6 +85,8 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
         )
     if family.modality == "reward":
         return
+    if config.reference.guidance_scale != 1:
+        _check_guided_reference(config, family)
     if family.modality == "text":
         if objective.source != "data":
             raise ConfigError(
@@ -109,6 +111,17 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
     check_errors(config)
     _check_image_rollout(config)
     family.check_guidance(config.model, config.rollout.guidance_scale)  # type: ignore[attr-defined]
+
+
+def _check_guided_reference(config: RunConfig, family: type[Family]) -> None:
+    """Refuse a guided reference where there is no branch without the prompt, or where policy and reference are compared."""
+    scale, objective = config.reference.guidance_scale, config.objective
+    if family.modality == "text" or "groups" not in objective.needs.layout or objective.rows_from != "data":
+        raise ConfigError(
+            f"reference.guidance_scale: got {scale}; only objectives on groups of sampled images that are noised again pull "
+            f"to a guided reference, such as 'crd' or 'diffusion_nft', and {objective.name!r} is none; remove it"
+        )
+    family.check_guidance(config.model, scale, "reference.guidance_scale")  # type: ignore[attr-defined]
 
 
 def _check_image_rollout(config: RunConfig) -> None:
@@ -171,6 +184,7 @@ def _check_image_rollout(config: RunConfig) -> None:
     for name in rollout.rewards:
         rewards.check_images(name)
     check_unread(config)
+    check_groups(config)
     check_round(config)
 
 

@@ -50,6 +50,7 @@ class RewardModel(ABC):
         licence: of the weights (of the code, where there are none).
         gap: the known difference to the original implementation.
         argument: what may follow the colon in `name:argument`; None if nothing may.
+        waits: most of its time it waits for another process or machine; sampling goes on meanwhile.
     """
 
     range: ClassVar[tuple[float, float]]
@@ -59,6 +60,7 @@ class RewardModel(ABC):
     licence: ClassVar[str]
     gap: ClassVar[str]
     argument: ClassVar[str | None] = None
+    waits: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -97,9 +99,11 @@ class Reward(RewardModel):
 
     Attributes:
         clips: it judges clips (B, 3, F, H, W), too; otherwise it is shown their middle frame.
+        grouped: a picture's score depends on the others of its prompt, which therefore all come in one call.
     """
 
     clips: ClassVar[bool] = False
+    grouped: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
@@ -345,7 +349,7 @@ def score(
             the middle frame. Gradient flows if the reward is differentiable.
         prompts: B texts.
         metadata: B dictionaries or None.
-        batch_size: pictures per call of the reward.
+        batch_size: pictures per call of the reward, unless it is `grouped`.
         device: where the reward was loaded, if it is not where the pictures are.
         missing: let NaN through, which says that the reward has no opinion.
 
@@ -361,6 +365,8 @@ def score(
         images = stills(images)
     _check_input(name, reward, images, prompts, metadata)
     scores = []
+    if reward.grouped:
+        batch_size = max(1, len(prompts))
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         batch, texts = images[part].to(device).float().clamp(0, 1), list(prompts[part])

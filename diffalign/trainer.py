@@ -30,7 +30,7 @@ from diffalign.config import RunConfig, TrainingConfig, dump
 from diffalign.errors import MissingExtraError, UserError
 from diffalign.files import atomic_write_text
 from diffalign.hardware import make_accelerator, memory_gb, open_family, resolve_auto
-from diffalign.health import Monitor, require_finite
+from diffalign.health import Monitor, require_finite, require_on_policy
 from diffalign.jobs import open_job
 from diffalign.metrics import MetricsFile, StepMetrics
 from diffalign.progress import Progress
@@ -219,6 +219,8 @@ def train(config: RunConfig) -> TrainResult:
             job.after_step(step)
 
             row = metrics.reduce()
+            if step == 1:  # of a new run
+                require_on_policy(row)
             seconds = time.perf_counter() - tick
             busy += seconds
             row |= {

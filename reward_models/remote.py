@@ -30,6 +30,7 @@ class Remote(Reward):
     range = (-float("inf"), float("inf"))
     unit = "that of the reward on the server, which is logged when it is first asked"
     differentiable = False
+    waits = True
     weights = None
     licence = "that of the reward on the server"
     gap = "none: pictures travel without loss, as uint8 where they are on the 8-bit grid and as float32 elsewhere"

@@ -35,6 +35,7 @@ class SoftChecklist(Reward):
     range = (0.0, 1.0)
     unit = "probability: arithmetic or geometric mean over the prompt's questions"
     differentiable = False
+    waits = True
     weights = None
     licence = "that of the model that is asked"
     gap = "the paper's model is Qwen3-VL-8B-Instruct; on a server answers beyond the tokens that it tells count 0"

@@ -62,6 +62,7 @@ class UnifiedReward(Reward):
     range = (LOWEST / HIGHEST, 1.0)
     unit = "mark from 1 to 5, over 5"
     differentiable = False
+    waits = True
     weights = None
     licence = "MIT (the project's repository); the base models have their own"
     gap = (

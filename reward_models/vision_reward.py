@@ -92,6 +92,7 @@ class VisionReward(Reward):
     range = (-BOUND, BOUND + WEIGHTS[0])
     unit = "weighted sum of answers; alignment counts up to 2.35, all others together at most 2.5 either way"
     differentiable = False
+    waits = True
     weights = None
     licence = "Apache-2.0 (questions and weights); CogVLM2 has its own"
     gap = (

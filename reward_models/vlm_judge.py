@@ -24,6 +24,7 @@ class VLMJudge(Reward):
     range = (0.0, 9.0)
     unit = "yes_no: probability of yes among yes and no; rating: expected rating from 1 to the scale (5 by default)"
     differentiable = False
+    waits = True
     weights = None
     licence = "that of the model that is asked"
     gap = (

@@ -264,7 +264,7 @@ MUTATIONS = (
     ),
     Mutation(
         "guidance on the wrong side",
-        "diffalign/sampling/rollouts.py",
+        "diffalign/policy.py",
         "without + scale * (with_prompt - without)",
         "with_prompt + scale * (with_prompt - without)",
         ROLLOUTS,
@@ -278,7 +278,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sampled forwards not counted",
-        "diffalign/sampling/rollouts.py",
+        "diffalign/policy.py",
         "policy.forwards += len(x) * (1 if scale == 1 else 2)",
         "policy.forwards += len(x)",
         ROLLOUTS,

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from diffalign.errors import UserError
-from diffalign.health import LOG2, Alarm, BinAccumulator, Monitor, NonFiniteLossError, require_finite
+from diffalign.health import (
+    LOG2,
+    Alarm,
+    BinAccumulator,
+    Monitor,
+    NonFiniteLossError,
+    OffPolicyError,
+    require_finite,
+    require_on_policy,
+)
 
 
 def healthy(step: int) -> dict[str, float]:
@@ -92,6 +101,18 @@ def test_warm_up_from_zero_is_normal() -> None:
 def test_first_step_off_log_2_means_reference_is_not_the_policy(first: dict[str, float]) -> None:
     (alarm,) = run(lambda step, row: first if step == 0 else {})
     assert (alarm.code, alarm.step) == ("first_loss", 0)
+
+
+def test_the_first_ratio_is_one() -> None:
+    for ratio, codes in ((1.0004, []), (1.004, ["first_ratio"]), (0.98, ["first_ratio"])):
+        row = {"step": 1, "loss": 0.3, "ratio": ratio}
+        assert [alarm.code for alarm in Monitor(initial_loss=None).update(row)] == codes
+        assert not Monitor(initial_loss=None, fresh=False).update(row)
+        require_on_policy(row)
+    require_on_policy({"loss": 0.3})
+    for ratio in (1.2, 0.9, float("nan")):
+        with pytest.raises(OffPolicyError, match="Nothing was kept"):
+            require_on_policy({"ratio": ratio})
 
 
 def test_first_loss_is_not_judged_on_resume_or_without_an_expectation() -> None:

@@ -67,6 +67,7 @@ class Rows:
         noise: of the same shape.
         t: int64 timesteps (N,).
         conditioning: with a batch axis of N.
+        negative: the same without the prompt, where the reference is guided.
         x_t, target: noisy latents and what to predict there, used in the rows where `given` is True.
         given: bool (N,).
         patch_weight: weights of the locations (N, h, w).
@@ -76,6 +77,7 @@ class Rows:
     noise: Tensor
     t: Tensor
     conditioning: dict[str, Tensor]
+    negative: dict[str, Tensor] | None = None
     x_t: Tensor | None = None
     target: Tensor | None = None
     given: Tensor | None = None

@@ -132,15 +132,15 @@ class DenoisingFamily(EncodingFamily):
     timestep_sampling: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"  # how the model was trained
 
     @classmethod
-    def check_guidance(cls, config: ModelConfig, scale: float) -> None:
-        """Refuse a guidance scale of rollouts, as far as it is known before anything loads.
+    def check_guidance(cls, config: ModelConfig, scale: float, setting: str = "rollout.guidance_scale") -> None:
+        """Refuse a guidance scale of training, as far as it is known before anything loads.
 
         Raises:
             ConfigError: the model cannot be sampled with it.
         """
         if scale != 1 and not cls.unconditional:
             raise ConfigError(
-                f"rollout.guidance_scale: got {scale}; models of family {config.family!r} are distilled and have no "
+                f"{setting}: got {scale}; models of family {config.family!r} are distilled and have no "
                 "unconditional branch; set it to 1"
             )
 

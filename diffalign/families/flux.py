@@ -61,10 +61,10 @@ class Flux(FlowFamily):
         check_channels(config.get("in_channels", 64), config.get("out_channels") or config.get("in_channels", 64))
 
     @classmethod
-    def check_guidance(cls, config: ModelConfig, scale: float) -> None:
+    def check_guidance(cls, config: ModelConfig, scale: float, setting: str = "rollout.guidance_scale") -> None:
         network = network_config(config, locate(config), cls.network_part)
         if network is not None and not network.get("guidance_embeds"):  # what is not known yet is refused by `guide`
-            super().check_guidance(config, scale)
+            super().check_guidance(config, scale, setting)
 
     def guide(self, conditioning: Conditioning, scale: float) -> tuple[Conditioning, float]:
         if not self._is_guided:

@@ -31,10 +31,9 @@ from diffalign.data.loader import BatchPlan
 from diffalign.families import DECODER, DenoisingFamily
 from diffalign.losses import Items, Layout, Scores
 from diffalign.losses.diffusion._backprop import PROMPT, Backprop, Chain, End, Level
-from diffalign.policy import Policy, without_dropout
+from diffalign.policy import Policy, guided, without_dropout
 from diffalign.prediction import append_dims, convert
 from diffalign.sampling.batches import Conditions
-from diffalign.sampling.rollouts import guided
 from diffalign.sampling.rules import noise_level
 from diffalign.sampling.trajectories import Grid, make_grid, next_mean
 from diffalign.schedules import generator_for

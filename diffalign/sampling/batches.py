@@ -172,6 +172,7 @@ class Batches:
             noise=torch.stack([noise for _, noise in drawn]),
             t=torch.tensor([t for t, _ in drawn]),
             conditioning=self.conditions.of([e.prompt for e in entries for _ in e.numbers]),
+            negative=self.conditions.without(len(ids)) if self.config.reference.guidance_scale != 1 else None,
         )
         index = torch.arange(len(ids))
         if groups:

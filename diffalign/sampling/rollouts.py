@@ -24,6 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -41,7 +42,7 @@ from diffalign.families import DECODER, Conditioning, DenoisingFamily
 from diffalign.losses import Groups, Layout, Objective, Scores
 from diffalign.losses.diffusion.capo import calibrated_rewards, frontiers
 from diffalign.losses.scores import mean_square
-from diffalign.policy import Policy, without_dropout
+from diffalign.policy import Policy, guided, without_dropout
 from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
 from diffalign.sampling import sampling_mode
@@ -285,8 +286,8 @@ class ImageRollouts:
         windows = [set(self._window(name, number)) for name in names] if self.rollout.window else []
         rows = [(i, k) for i in range(len(chosen)) for k in range(count)]
         parts: list[Trajectory] = []
-        given: list[Tensor] = []
-        with self._sampler():
+        given: list[Future[Tensor]] = []
+        with self._sampler(), Scoring(self.models) as scoring:
             for start in range(0, len(rows), self.config.sampling.batch_size):
                 part = rows[start : start + self.config.sampling.batch_size]
                 noise = torch.stack([self._noise(f"{names[i]}/{0 if shared else k}", number) for i, k in part])
@@ -304,11 +305,10 @@ class ImageRollouts:
                     if not windows
                     else lambda step, part=part: torch.tensor([step in windows[i] for i, _ in part]),  # type: ignore[misc]
                 )
-                given.append(
-                    self._reward(made.clean, [self.prompts[chosen[i]] for i, _ in part] if self.models else [])
-                )
+                captions = [self.prompts[chosen[i]] for i, _ in part] if self.models else []
+                given.append(scoring.submit(self._decoded(made.clean) if self.models else made.clean, captions))
                 parts.append(mapped(made, lambda x: x.cpu()))
-        every = torch.cat(given)
+            every = torch.cat([one.result() for one in given])
         total = every @ torch.tensor(self.weights) if self.models else every.new_zeros(len(rows))
         trajectory = Trajectory(
             [torch.cat(level) for level in zip(*(part.latents for part in parts), strict=True)],
@@ -327,12 +327,14 @@ class ImageRollouts:
 
     def _reward(self, latents: Tensor, prompts: list[str]) -> Tensor:
         """Rewards (N, R) of clean latents."""
-        if not self.models:
-            return torch.zeros(len(latents), 0)
+        with Scoring(self.models) as scoring:
+            return scoring.submit(self._decoded(latents), prompts).result()
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Images of clean latents."""
         self.family.load(DECODER)
         size = min(DECODED, self.config.sampling.batch_size)
-        images = torch.cat([self.family.decode_latents(part) for part in latents.split(size)])
-        return torch.stack([rewards.score(model, images, prompts).cpu() for model in self.models], 1)
+        return torch.cat([self.family.decode_latents(part) for part in latents.split(size)])
 
     # -- from samples to entries -------------------------------------------------------------------------------------
 
@@ -416,6 +418,9 @@ class ImageRollouts:
     def _window(self, name: str, number: int) -> list[int]:
         """The stochastic steps of a prompt's samples, where only a window of them is."""
         first, last = window_starts(self.config, self.grid, self.eta)
+        if (every := self.rollout.window_every) is not None:
+            start = first + number // every % (last - first + 1)
+            return list(range(start, start + self.size.per_prompt))
         generator = generator_for(self.config.seed, f"{name} window", number)
         start = first + int(torch.randint(last - first + 1, (), generator=generator))
         return list(range(start, start + self.size.per_prompt))
@@ -595,6 +600,39 @@ class ImageRollouts:
         self._round = (state["round"], rebuilt(state["entries"], CLASSES))
 
 
+class Scoring:
+    """Asks rewards about one batch after the other; if some of them only wait for an answer, in a thread.
+
+    Args:
+        models: the rewards.
+    """
+
+    def __init__(self, models: Sequence[rewards.Reward]) -> None:
+        self.models = models
+        self.thread = ThreadPoolExecutor(1) if any(model.waits for model in models) else None
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.thread is not None:
+            self.thread.shutdown(cancel_futures=True)
+
+    def submit(self, images: Tensor, prompts: list[str]) -> Future[Tensor]:
+        """Rewards (N, R) of images, on the CPU, when they are there."""
+        if self.thread is not None:
+            return self.thread.submit(self._score, images, prompts)
+        done: Future[Tensor] = Future()
+        done.set_result(self._score(images, prompts))
+        return done
+
+    @torch.no_grad()
+    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        if not self.models:
+            return torch.zeros(len(images), 0)
+        return torch.stack([rewards.score(model, images, prompts).cpu() for model in self.models], 1)
+
+
 def _rows(one: Sampled, numbers: Sequence[int], label: Tensor) -> SampledRows:
     """Some images of a prompt."""
     picked = list(numbers)
@@ -614,43 +652,3 @@ def _weighed(entries: list[Entry]) -> list[Entry]:
     steps = [entry for entry in entries if isinstance(entry, Transition)]
     kept = max(1.0, sum(entry.weight for entry in steps))
     return [replace(entry, weight=entry.weight * len(steps) / kept) for entry in steps]
-
-
-def guided(
-    policy: Policy,
-    network: torch.nn.Module,
-    x: Tensor,
-    times: Tensor,
-    conditioning: Conditioning,
-    negative: Conditioning,
-    scale: float,
-    *,
-    detach_negative: bool = False,
-) -> Tensor:
-    """The native prediction with classifier-free guidance, float32: both branches in one forward.
-
-    Args:
-        policy: for its family and precision.
-        network: bare or wrapped.
-        x: noisy latents (N, ...).
-        times: what the network is told (N,).
-        conditioning, negative: with and without the prompt, batch N.
-        scale: 1 is no guidance, and the negative branch is not computed. A model that is told its scale needs no branch.
-        detach_negative: no gradient through the negative branch, which then has a forward of its own.
-    """
-    family = policy.family
-    conditioning, scale = family.guide(conditioning, scale)
-    policy.forwards += len(x) * (1 if scale == 1 else 2)
-    with policy.autocast():
-        if scale == 1:
-            return family.predict(network, x.to(family.dtype), times, conditioning).float()
-        if detach_negative:
-            with torch.no_grad():
-                empty = {name: negative[name].to(value) for name, value in conditioning.items()}
-                without = family.predict(network, x.to(family.dtype), times, empty).float()
-            with_prompt = family.predict(network, x.to(family.dtype), times, conditioning).float()
-        else:
-            both = {name: torch.cat([value, negative[name].to(value)]) for name, value in conditioning.items()}
-            pair = family.predict(network, torch.cat([x, x]).to(family.dtype), torch.cat([times, times]), both)
-            with_prompt, without = pair.float().chunk(2)
-    return without + scale * (with_prompt - without)

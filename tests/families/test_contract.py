@@ -30,9 +30,8 @@ from diffalign.data.encode import encode_prompts
 from diffalign.errors import ConfigError
 from diffalign.families import DECODER, ENCODERS, NETWORK, Conditioning, DenoisingFamily, load_family
 from diffalign.families._pipeline import PipelineFamily
-from diffalign.policy import Policy
+from diffalign.policy import Policy, guided
 from diffalign.prediction import add_noise, convert, target
-from diffalign.sampling.rollouts import guided
 from diffalign.sampling.trajectories import make_grid
 
 HEIGHT, WIDTH = 32, 64

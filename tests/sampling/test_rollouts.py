@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import checkpoint, rewards
+from diffalign.adapters import adapters_off
 from diffalign.data.batch import PairBatch, RowBatch, mapped
 from diffalign.errors import ConfigError, UserError
 from diffalign.jobs.image import ImageJob
 from diffalign.losses.references import lag_decay
 from diffalign.metrics import read_rows
+from diffalign.prediction import add_noise
 from diffalign.references import Lagged
 from diffalign.sampling import rollouts as rollouts_module
 from diffalign.sampling.entries import Sampled, StepBatch
-from diffalign.sampling.rollouts import ImageRollouts
+from diffalign.sampling.rollouts import ImageRollouts, Scoring
 from diffalign.sampling.trajectories import Trajectory, log_density
 from diffalign.trainer import train
 
@@ -536,6 +539,71 @@ def test_steps_outside_of_the_window_are_deterministic(run: Any, seen: list[Any]
         assert not torch.allclose(batch.x_next[first], batch.x_next[first + 1], atol=1e-2)
 
 
+def test_a_guided_reference_is_what_the_base_predicts_with_guidance(run: Any, seen: list[Any]) -> None:
+    run("plain", "crd", training={"max_train_steps": 1})
+    run("guided", "crd", reference={"guidance_scale": 3.0}, training={"max_train_steps": 1})
+    (_, _, plain), (job, batch, out) = seen
+    assert plain.metrics["kl"].max() == 0
+    rows, schedule, family = batch.content, job.family.schedule, job.family
+    alpha, sigma = schedule.alpha_sigma(rows.t)
+    x_t = add_noise(rows.x0, rows.noise, alpha, sigma)
+    negative = job.rollouts.conditions.without(len(x_t))
+    with torch.no_grad(), adapters_off(job.policy.bare):
+        times = schedule.time(rows.t)
+        given = family.predict(job.policy.bare, x_t, times, rows.conditioning)
+        without = family.predict(job.policy.bare, x_t, times, negative)
+    # the untouched policy predicts what the base does without guidance
+    wanted = (2.0 * (given - without)).square().flatten(1).mean(1)
+    torch.testing.assert_close(out.metrics["kl"], wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+def test_a_guided_reference_is_refused_where_it_is_compared_with(run: Any, objective: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"reference.guidance_scale: got 3.0; only objectives on groups of sampled images"
+    ):
+        run("run", objective, reference={"guidance_scale": 3.0})
+
+
+def test_a_window_moves_on_every_so_many_rounds(run: Any, seen: list[Any]) -> None:
+    rollout = {"window": 1, "window_range": [0, 1], "window_every": 2}
+    run("run", "grpo", rollout=rollout, training={"max_train_steps": 6})
+    assert [set(batch.step.tolist()) for _, batch, _ in seen] == [{0}, {0}, {1}, {1}, {0}, {0}]
+
+
+def test_rewards_that_wait_are_asked_in_a_thread_while_sampling_goes_on() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Slow:
+        waits, clips, grouped, differentiable = True, False, False, False
+
+        def __call__(self, images: torch.Tensor, prompts: list[str], metadata: Any = None) -> torch.Tensor:
+            assert not torch.is_grad_enabled()
+            begun.set()
+            assert may_end.wait(20)
+            return images.mean((1, 2, 3))
+
+    images = torch.rand(3, 3, 4, 4)
+    with Scoring([Slow()]) as scoring:  # type: ignore[list-item]
+        first, second = scoring.submit(images, ["a"] * 3), scoring.submit(images[:1], ["a"])
+        assert begun.wait(20)
+        assert not first.done()
+        may_end.set()
+        torch.testing.assert_close(first.result()[:, 0], images.mean((1, 2, 3)))
+        assert second.result().shape == (1, 1)
+
+
+def test_a_reward_that_dies_in_its_thread_ends_the_round_with_its_message() -> None:
+    class Dead:
+        waits, clips, grouped, differentiable = True, False, False, False
+
+        def __call__(self, images: torch.Tensor, prompts: list[str], metadata: Any = None) -> torch.Tensor:
+            raise rewards.RewardError("the server is gone")
+
+    with pytest.raises(UserError, match="the server is gone"), Scoring([Dead()]) as scoring:  # type: ignore[list-item]
+        scoring.submit(torch.rand(1, 3, 4, 4), ["a"]).result()
+
+
 def test_diffusion_nft_starts_where_the_lagged_policy_is(run: Any, seen: list[Any]) -> None:
     run("run", "diffusion_nft", rollout={"num_iterations": 3, "old_decay": 0.5}, training={"max_train_steps": 6})
     job, batch, out = seen[0]
@@ -608,6 +676,7 @@ def test_forwards_are_counted(run: Any) -> None:
         ("d3po", {"rewards": []}, "at least one reward"),
         ("grpo", {"window": 4}, "do not fit"),
         ("grpo", {"window": 2, "window_range": [2, 3]}, "start at 2 to 3 do not fit"),
+        ("grpo", {"window_every": 3}, "there is none"),
         ("grpo", {"kernel": "flow_sde"}, "a step of flow models"),
         ("dpo", {"samples_per_prompt": 1}, "at least 2"),
         ("gdpo", {"samples_per_prompt": 4}, "multiple of rollout.samples_per_prompt 4"),
