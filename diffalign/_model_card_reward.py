@@ -10,7 +10,8 @@ import yaml
 
 from diffalign import __version__
 from diffalign._run_data import is_number, read_data_report
-from diffalign.config import RunConfig, to_tree
+from diffalign.config import RunConfig
+from diffalign.config_loading import to_tree
 from diffalign.files import atomic_write_text
 from diffalign.judges import FOLDER
 from diffalign.model_card import (

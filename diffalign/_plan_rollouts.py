@@ -8,7 +8,7 @@ from diffalign.architecture import Architecture
 from diffalign.config import RunConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.families import DenoisingFamily
-from diffalign.losses.diffusion._backprop import Backprop
+from diffalign.losses.diffusion.walks import Backprop
 from diffalign.measure import NetworkCost, measure_decoder
 from diffalign.sampling.rules import DECODED, samples_images, sampling_policy
 from diffalign.summary import images_per_pair

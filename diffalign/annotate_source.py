@@ -24,6 +24,7 @@ from diffalign.data.readers.text import raw_rows
 from diffalign.data.record import IMAGE_SUFFIXES
 from diffalign.data.report import DataReport
 from diffalign.errors import DataError
+from diffalign.files import atomic_write_bytes
 
 PAIR_COLUMNS = (("image_0", "image_1"), ("jpg_0", "jpg_1"), ("image_a", "image_b"), ("chosen", "rejected"))
 
@@ -72,7 +73,7 @@ class Store:
             digest = hashlib.sha256(data).hexdigest()
             path = self.folder / f"{digest[:20]}{_suffix(data)}"
             if not path.exists():
-                _write(path, data)
+                atomic_write_bytes(path, data)
             return Item(row, name, path, digest)
         try:
             return Item(row, name, data, hashlib.sha256(data.read_bytes()).hexdigest())
@@ -93,12 +94,6 @@ class Store:
                 shutil.copyfile(item.path, temporary)
             os.replace(temporary, path)
         return f"images/{path.name}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def _suffix(data: bytes) -> str:

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign import __version__
-from diffalign.config import RunConfig, to_tree
+from diffalign.config import RunConfig
+from diffalign.config_loading import to_tree
 from diffalign.errors import CheckpointError
 from diffalign.files import atomic_write_text, free_bytes, sha256
 

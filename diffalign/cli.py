@@ -17,6 +17,7 @@ from diffalign.errors import UserError
 
 if TYPE_CHECKING:
     from diffalign.config import RunConfig
+    from diffalign.score import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -258,7 +259,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from diffalign.config import load_config
+    from diffalign.config_loading import load_config
     from diffalign.trainer import train
 
     overrides = list(args.overrides)
@@ -313,7 +314,7 @@ def print_result(result: dict) -> None:  # type: ignore[type-arg]
 
 def read_config(args: argparse.Namespace) -> RunConfig:
     """The config named on the command line: a file, a shipped name, or a run folder, which then is the output folder."""
-    from diffalign.config import load_config
+    from diffalign.config_loading import load_config
 
     inside = Path(args.config) / "config.yaml"
     if not inside.is_file():
@@ -458,10 +459,11 @@ def run_data_make(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_score(args: argparse.Namespace) -> int:
+def read_pictures(args: argparse.Namespace, **more: Any) -> Settings:
+    """Which pictures `score` and `annotate` are about, and which rewards judge them."""
     from diffalign import reward_server, score
 
-    settings = score.Settings(
+    return score.Settings(
         source=Path(args.source),
         rewards=tuple(args.reward),
         prompts=Path(args.prompts) if args.prompts else None,
@@ -471,9 +473,14 @@ def run_score(args: argparse.Namespace) -> int:
         metadata=tuple(args.metadata),
         device=reward_server.check_device(args.device),
         batch_size=args.batch_size,
-        cache=Path(args.cache) if args.cache else None,
-        show=args.show,
+        **more,
     )
+
+
+def run_score(args: argparse.Namespace) -> int:
+    from diffalign import score
+
+    settings = read_pictures(args, cache=Path(args.cache) if args.cache else None, show=args.show)
     out, grid = Path(args.out), Path(args.grid) if args.grid else None
     score.check(settings, out, grid)
     scored = score.score(settings)
@@ -494,20 +501,10 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def run_annotate(args: argparse.Namespace) -> int:
-    from diffalign import annotate, reward_server, score
+    from diffalign import annotate
 
     settings = annotate.Settings(
-        source=score.Settings(
-            source=Path(args.source),
-            rewards=tuple(args.reward),
-            prompts=Path(args.prompts) if args.prompts else None,
-            prompt=args.prompt,
-            image_column=args.image_column,
-            prompt_column=args.prompt_column,
-            metadata=tuple(args.metadata),
-            device=reward_server.check_device(args.device),
-            batch_size=args.batch_size,
-        ),
+        source=read_pictures(args),
         out=Path(args.out),
         judge=Path(args.judge) if args.judge else None,
         pairs=args.pairs,
@@ -564,7 +561,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 def run_list(args: argparse.Namespace) -> int:
     from diffalign import plugins
-    from diffalign.config import config_folder
+    from diffalign.config_loading import config_folder
 
     folder = config_folder()
     prompts = Path(__file__).parent / "data" / "prompts"

@@ -17,7 +17,7 @@ import torch
 from diffalign import adapters, checkpoint, evaluate, export, plugins, preflight
 from diffalign.config import RunConfig
 from diffalign.data.loader import BatchPlan, PairMicroBatches
-from diffalign.data.pipeline import is_held_out, iterate
+from diffalign.data.pipeline import iterate, split_held_out
 from diffalign.data.prepare import REPORT, make_world_pairs, prepare
 from diffalign.data.prompts import load_prompts
 from diffalign.data.report import DataReport
@@ -142,7 +142,7 @@ def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, A
     evaluation, _, _ = evaluate.compare(sampler, config.evaluation, accelerator.device)
     result = evaluation.headline() | {"adapter": str(adapter)}
     if data is not None:
-        held_out = [i for i, prompt in enumerate(data.prompts) if is_held_out(prompt, fraction)]
+        _, held_out = split_held_out(data.prompts, fraction)
         plan = BatchPlan(range(len(data)), data.target_sizes, 1, config.seed)
         dataset = PairMicroBatches(data, plan, config.denoising, family, config.seed)
         policy = Policy(family, family.network, autocast=autocast, denoising=config.denoising)

@@ -26,7 +26,7 @@ from transformers import CLIPConfig, CLIPModel
 from diffalign.errors import ConfigError
 from diffalign.files import atomic_write_text
 from diffalign.losses.judging import general_preference
-from diffalign.rewards import CLIP_MEAN, CLIP_STD, normalise
+from diffalign.rewards import CLIP_MEAN, CLIP_STD, normalise, pooled
 
 JUDGE_FILE = "judge.json"
 FOLDER = "reward"  # in a run folder
@@ -130,8 +130,8 @@ class JudgeCLIP(CLIPModel):  # type: ignore[misc]
             input_ids, attention_mask: of the prompts, (P, L).
             prompt: which prompt each picture is for, int64 (B,).
         """
-        image = _unit(_pooled(self.get_image_features(pixel_values=pixels.to(self.dtype))))
-        text = _unit(_pooled(self.get_text_features(input_ids=input_ids, attention_mask=attention_mask)))[prompt]
+        image = _unit(pooled(self.get_image_features(pixel_values=pixels.to(self.dtype))))
+        text = _unit(pooled(self.get_text_features(input_ids=input_ids, attention_mask=attention_mask)))[prompt]
         # Elementwise, so that autocast leaves it in float32.
         logit = self.logit_scale.float().exp() * (image * text).sum(-1, keepdim=True)
         if self.judge_head is None:
@@ -155,11 +155,6 @@ class JudgeCLIP(CLIPModel):  # type: ignore[misc]
 
 def _unit(x: Tensor) -> Tensor:
     return nn.functional.normalize(x, dim=-1)
-
-
-def _pooled(output: Any) -> Tensor:
-    """transformers 5 returns an object that holds the projected vector, transformers 4 the vector itself."""
-    return (output if isinstance(output, Tensor) else output.pooler_output).float()
 
 
 def load_judge(

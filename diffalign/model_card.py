@@ -12,7 +12,8 @@ import yaml
 
 from diffalign import __version__, plugins
 from diffalign._run_data import interval_of, read_data_report, row_counts
-from diffalign.config import ModelConfig, RunConfig, to_tree
+from diffalign.config import ModelConfig, RunConfig
+from diffalign.config_loading import to_tree
 from diffalign.errors import did_you_mean
 from diffalign.files import atomic_write_text
 from diffalign.summary import objective_summary

@@ -60,7 +60,7 @@ class RewardModel(ABC):
     licence: ClassVar[str]
     gap: ClassVar[str]
     argument: ClassVar[str | None] = None
-    waits: ClassVar[bool] = False
+    waits: bool = False
 
     @abstractmethod
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -592,7 +592,7 @@ class ClipTowers:
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Preprocessed pictures (B, 3, size, size) to projected embeddings, float32 (B, D), not normalised."""
-        return _pooled(self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype)))
+        return pooled(self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype)))
 
     def embed_texts(self, prompts: list[str]) -> Tensor:
         """Texts to projected embeddings, float32 (B, D), not normalised; each distinct text is encoded once."""
@@ -600,7 +600,7 @@ class ClipTowers:
         tokens = self.tokenizer(
             distinct, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
-        features = _pooled(
+        features = pooled(
             self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         )
         return features[[distinct.index(prompt) for prompt in prompts]]
@@ -612,6 +612,6 @@ class ClipTowers:
         return scale.float().exp()
 
 
-def _pooled(output: Any) -> Tensor:
+def pooled(output: Any) -> Tensor:
     """transformers 5 returns an object that holds the projected vector, transformers 4 the vector itself."""
     return (output if isinstance(output, Tensor) else output.pooler_output).float()

@@ -26,7 +26,8 @@ from torch import nn
 
 from diffalign import adapters, checkpoint, preflight
 from diffalign._run_data import describe_environment
-from diffalign.config import RunConfig, TrainingConfig, dump
+from diffalign.config import RunConfig, TrainingConfig
+from diffalign.config_loading import dump
 from diffalign.errors import MissingExtraError, UserError
 from diffalign.files import atomic_write_text
 from diffalign.hardware import make_accelerator, memory_gb, open_family, resolve_auto

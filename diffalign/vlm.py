@@ -21,9 +21,11 @@ Shapes: B pictures or pairs.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ from torch import Tensor
 
 from diffalign.errors import ConfigError, did_you_mean
 from diffalign.http_client import parse_url
+from diffalign.rewards import Reward
 from diffalign.vlm_backends import TOKEN_VARIABLE, Backend, LocalBackend, Request, ServerBackend, data_uri, plain
 
 __all__ = [
@@ -364,6 +367,34 @@ class Judge:
                 prompts[lost[0]][:80],
                 said[lost[0]],
             )
+
+
+class JudgeReward(Reward):
+    """Base of rewards that ask a vision-language model; a file after the colon says what is asked of whom."""
+
+    differentiable = False
+    weights = None
+    licence = "that of the model that is asked"
+
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, file: str = "") -> None:
+        self.judge = Judge(self.questions(file), device, dtype)
+        self.waits = isinstance(self.judge.backend, ServerBackend)  # a model that runs here is busy itself
+
+    @classmethod
+    @abstractmethod
+    def questions(cls, file: str) -> Questions:
+        """What a file asks; "" where none was named.
+
+        Raises:
+            ConfigError: it cannot be asked.
+        """
+
+    @classmethod
+    def check_argument(cls, argument: str | None) -> None:
+        cls.questions(argument or "")
+
+    def identity(self) -> str:
+        return json.dumps(self.judge.identity())
 
 
 def _best(top: Mapping[str, float]) -> list[str]:

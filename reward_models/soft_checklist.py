@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffalign import vlm
 from diffalign.errors import ConfigError
-from diffalign.rewards import Reward, RewardError
+from diffalign.rewards import RewardError
 
 KEY = "vqa_list"
 FORM = "{question} Answer in one word."
@@ -29,27 +29,19 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 MODES = ("mean", "geometric")
 
 
-class SoftChecklist(Reward):
+class SoftChecklist(vlm.JudgeReward):
     """Mean probability that a vision-language model gives the right answers to the questions of a prompt."""
 
     range = (0.0, 1.0)
     unit = "probability: arithmetic or geometric mean over the prompt's questions"
-    differentiable = False
-    waits = True
-    weights = None
-    licence = "that of the model that is asked"
     gap = "the paper's model is Qwen3-VL-8B-Instruct; on a server answers beyond the tokens that it tells count 0"
     argument = "YAML file that says who is asked (see diffalign.vlm); mode: mean or geometric"
 
-    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, file: str = "") -> None:
-        self.judge = vlm.Judge(_read(file), device, dtype)
-
     @classmethod
-    def check_argument(cls, argument: str | None) -> None:
-        _read(argument or "")
-
-    def identity(self) -> str:
-        return json.dumps(self.judge.identity())
+    def questions(cls, file: str) -> vlm.Questions:
+        if not file:
+            raise ConfigError("reward soft_checklist: nobody to ask; write soft_checklist:judge.yaml")
+        return vlm.read_questions(file, MODES)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
         lists = [
@@ -103,9 +95,3 @@ def _questions(metadata: dict[str, Any], prompt: str) -> list[tuple[str, str]]:
             "expected"
         )
     return [(str(question), str(answer)) for question, answer in given]
-
-
-def _read(file: str) -> vlm.Questions:
-    if not file:
-        raise ConfigError("reward soft_checklist: nobody to ask; write soft_checklist:judge.yaml")
-    return vlm.read_questions(file, MODES)

@@ -20,7 +20,6 @@ into `question:`, with {prompt}, for its own scores. Which of two pictures is be
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from diffalign import vlm
 from diffalign.errors import ConfigError
-from diffalign.rewards import Reward, pillow_resize
+from diffalign.rewards import pillow_resize
 
 SIDE = 512
 LOWEST, HIGHEST = 1.0, 5.0
@@ -56,14 +55,11 @@ QUESTIONS = {
 _NUMBER = r"[\s*:\[]*([0-9]+(?:\.[0-9]+)?)"  # blanks, a colon, bold type and a bracket may stand before it
 
 
-class UnifiedReward(Reward):
+class UnifiedReward(vlm.JudgeReward):
     """Mark that UnifiedReward gives a picture for its prompt, read from the text that it writes."""
 
     range = (LOWEST / HIGHEST, 1.0)
     unit = "mark from 1 to 5, over 5"
-    differentiable = False
-    waits = True
-    weights = None
     licence = "MIT (the project's repository); the base models have their own"
     gap = (
         "the questions are in other words unless the file has the original's; scores of published weights are UNVERIFIED "
@@ -72,15 +68,15 @@ class UnifiedReward(Reward):
     argument = "YAML file that says who is asked (see diffalign.vlm); mode: final or dimensions"
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, file: str = "") -> None:
-        self.judge = vlm.Judge(_read(file), device, dtype)
+        super().__init__(device, dtype, file)
         self._parts: dict[str, Tensor] = {}
 
     @classmethod
-    def check_argument(cls, argument: str | None) -> None:
-        _read(argument or "")
-
-    def identity(self) -> str:
-        return json.dumps(self.judge.identity())
+    def questions(cls, file: str) -> vlm.Questions:
+        if not file:
+            raise ConfigError("reward unified_reward: nobody to ask; write unified_reward:judge.yaml")
+        found = vlm.read_questions(file, tuple(QUESTIONS))
+        return found if found.question else dataclasses.replace(found, question=QUESTIONS[found.mode])
 
     def parts(self) -> dict[str, Tensor]:
         return self._parts
@@ -120,10 +116,3 @@ def dimension_scores(text: str) -> tuple[float, ...]:
 def _mark(number: str) -> float:
     value = float(number)
     return value / HIGHEST if LOWEST <= value <= HIGHEST else math.nan
-
-
-def _read(file: str) -> vlm.Questions:
-    if not file:
-        raise ConfigError("reward unified_reward: nobody to ask; write unified_reward:judge.yaml")
-    found = vlm.read_questions(file, tuple(QUESTIONS))
-    return found if found.question else dataclasses.replace(found, question=QUESTIONS[found.mode])

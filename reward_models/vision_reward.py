@@ -28,7 +28,6 @@ from torch import Tensor
 
 from diffalign import rewards, vlm
 from diffalign.errors import ConfigError
-from diffalign.rewards import Reward
 
 QUESTIONS = (
     "Is there a human body in the image?",
@@ -86,14 +85,11 @@ class Settings:
     soft: bool = False
 
 
-class VisionReward(Reward):
+class VisionReward(vlm.JudgeReward):
     """Weighted sum of a vision-language model's answers to VisionReward's thirty questions, and of an alignment score."""
 
     range = (-BOUND, BOUND + WEIGHTS[0])
     unit = "weighted sum of answers; alignment counts up to 2.35, all others together at most 2.5 either way"
-    differentiable = False
-    waits = True
-    weights = None
     licence = "Apache-2.0 (questions and weights); CogVLM2 has its own"
     gap = (
         "weights were fitted to the answers of THUDM/VisionReward-Image, and say less of another model's; scores of "
@@ -102,15 +98,15 @@ class VisionReward(Reward):
     argument = "YAML file that says who is asked (see diffalign.vlm); alignment: REWARD or none; answers: hard or soft"
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, file: str = "") -> None:
+        super().__init__(device, dtype, file)
         self.settings = _read(file)
-        self.judge = vlm.Judge(self.settings.questions, device, dtype)
         named = self.settings.alignment
         self.alignment = rewards.load(named, device, dtype) if named else None
         self._parts: dict[str, Tensor] = {}
 
     @classmethod
-    def check_argument(cls, argument: str | None) -> None:
-        _read(argument or "")
+    def questions(cls, file: str) -> vlm.Questions:
+        return _read(file).questions
 
     def identity(self) -> str:
         named = self.settings.alignment

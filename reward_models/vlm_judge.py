@@ -7,7 +7,6 @@ needed.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -15,45 +14,30 @@ from torch import Tensor
 
 from diffalign import vlm
 from diffalign.errors import ConfigError
-from diffalign.rewards import Reward
 
 
-class VLMJudge(Reward):
+class VLMJudge(vlm.JudgeReward):
     """What a vision-language model, on a server or here, answers to a question about picture and prompt."""
 
     range = (0.0, 9.0)
     unit = "yes_no: probability of yes among yes and no; rating: expected rating from 1 to the scale (5 by default)"
-    differentiable = False
-    waits = True
-    weights = None
-    licence = "that of the model that is asked"
     gap = (
         "on a server probabilities are over the tokens that it tells, 20 by default; one with a generation configuration "
         "of its own may change them (vLLM: --generation-config vllm)"
     )
     argument = "YAML file of questions (see diffalign.vlm)"
 
-    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, file: str = "") -> None:
-        self.judge = vlm.Judge(_read(file), device, dtype)
-
     @classmethod
-    def check_argument(cls, argument: str | None) -> None:
-        _read(argument or "")
-
-    def identity(self) -> str:
-        return json.dumps(self.judge.identity())
+    def questions(cls, file: str) -> vlm.Questions:
+        if not file:
+            raise ConfigError("reward vlm_judge: no questions; write vlm_judge:questions.yaml")
+        questions = vlm.read_questions(file)
+        if questions.mode in vlm.PAIR_MODES:
+            raise ConfigError(
+                f"reward vlm_judge: {file} asks about pairs, which are no scores; mode: yes_no or rating expected"
+            )
+        return questions
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
         answers = self.judge.ask([[image] for image in images], prompts)
         return torch.tensor([answer.value for answer in answers], device=images.device)
-
-
-def _read(file: str) -> vlm.Questions:
-    if not file:
-        raise ConfigError("reward vlm_judge: no questions; write vlm_judge:questions.yaml")
-    questions = vlm.read_questions(file)
-    if questions.mode in vlm.PAIR_MODES:
-        raise ConfigError(
-            f"reward vlm_judge: {file} asks about pairs, which are no scores; mode: yes_no or rating expected"
-        )
-    return questions

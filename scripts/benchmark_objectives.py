@@ -32,7 +32,7 @@ import torch
 import yaml
 
 from diffalign import statistics
-from diffalign.config import config_folder, read_tree
+from diffalign.config_loading import config_folder, read_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "docs" / "benchmarks" / "objectives.jsonl"

@@ -36,7 +36,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffalign import adapters
-from diffalign.config import DenoisingConfig, LoraConfig, ModelConfig, build
+from diffalign.config import DenoisingConfig, LoraConfig, ModelConfig
+from diffalign.config_loading import build
 from diffalign.data.batch import collate
 from diffalign.data.loader import BatchPlan, PairMicroBatches
 from diffalign.families import DECODER, ENCODERS, NETWORK, DenoisingFamily, load_family

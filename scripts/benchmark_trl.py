@@ -69,7 +69,7 @@ def middle(ends: list[float]) -> float:
 
 def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """`diffalign.trainer.train` on the inputs."""
-    from diffalign.config import build
+    from diffalign.config_loading import build
     from diffalign.progress import Progress
     from diffalign.trainer import train
 

@@ -11,6 +11,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import io
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign.config import RunConfig, build
+from diffalign.config import RunConfig
+from diffalign.config_loading import build
 
 torch.set_num_threads(1)
 
@@ -203,3 +205,13 @@ def _fresh_process_state() -> Iterator[None]:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """`main` sets up our logger for a process of its own; afterwards it is as it was."""
+    logger = logging.getLogger("diffalign")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+    logging.getLogger("diffalign.losses").setLevel(logging.NOTSET)

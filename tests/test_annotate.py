@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import os
 import random
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,12 +34,7 @@ CAPTIONS = sample_captions(6, seed=0)
 Run = Callable[..., str]
 
 
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    logger = logging.getLogger("diffalign")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 @pytest.fixture

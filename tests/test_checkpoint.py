@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from diffalign import checkpoint
-from diffalign.config import RunConfig, build
+from diffalign.config import RunConfig
+from diffalign.config_loading import build
 from diffalign.errors import CheckpointError
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ import torch
 
 from diffalign import __version__, checkpoint, cli, files, plugins
 from diffalign.cli import main
-from diffalign.config import ModelConfig, RunConfig, dump, load_config
+from diffalign.config import ModelConfig, RunConfig
+from diffalign.config_loading import dump, load_config
 from diffalign.errors import ConfigError, UserError
 from diffalign.families import NETWORK, load_family
 from diffalign.trainer import TrainResult
@@ -31,13 +31,7 @@ TinyConfig = Callable[..., RunConfig]
 Complaint = Callable[..., str]
 
 
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """`main` sets up our logger for a process of its own."""
-    logger = logging.getLogger("diffalign")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from diffalign import plugins, preflight
-from diffalign.config import RunConfig, apply_override, build, config_folder, dump, load_config, to_tree
+from diffalign.config import RunConfig
+from diffalign.config_loading import apply_override, build, config_folder, dump, load_config, to_tree
 from diffalign.errors import ConfigError, UserError
 from diffalign.losses import RobustDPO
 

@@ -20,8 +20,9 @@ import pytest
 import torch
 import yaml
 
-from diffalign import config, losses, plugins
+from diffalign import config, config_loading, losses, plugins
 from diffalign.cli import build_parser
+from diffalign.errors import ConfigError
 from diffalign.health import Monitor
 from diffalign.text.records import parse_row
 
@@ -89,7 +90,7 @@ def test_there_is_something_to_check() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_loads_and_is_documented(name: str) -> None:
-    loaded = config.load_config(name)
+    loaded = config_loading.load_config(name)
     assert loaded.output_dir == f"runs/{name}"
     assert any(f"`{name}`" in text_of(page) or f"/{name}.yaml" in text_of(page) for page in PAGES)
 
@@ -102,17 +103,17 @@ def test_commands_parse_and_their_settings_exist(where: str, words: list[str]) -
     if words[:2] == ["data", "make"]:  # its settings are the recipe's
         return
     name = Path(getattr(args, "config", None) or "demo_dpo").stem
-    config.load_config(name if name in CONFIGS else "demo_dpo", settings)
+    config_loading.load_config(name if name in CONFIGS else "demo_dpo", settings)
 
 
 @pytest.mark.parametrize(("where", "body"), YAML, ids=[where for where, _ in YAML])
 def test_yaml_blocks_hold_known_keys(where: str, body: str) -> None:
-    tree = config.read_tree("demo_dpo")
+    tree = config_loading.read_tree("demo_dpo")
     for section, values in yaml.safe_load(body).items():
         tree[section] = (
             values if section == "objective" or not isinstance(values, dict) else tree.get(section, {}) | values
         )
-    assert config.build(tree).output_dir
+    assert config_loading.build(tree).output_dir
 
 
 def test_keys_that_texts_mention_exist() -> None:
@@ -268,13 +269,15 @@ def test_loss_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_custom_objective_example(tmp_path: Path) -> None:
     name = "examples/custom_objective.py"
-    loaded = config.load_config(
+    loaded = config_loading.load_config(
         "demo_dpo",
         [f"objective.name={name}", "objective.anchor=0.5", "objective.beta=500", f"output_dir={tmp_path}"],
     )
     objective = loaded.objective
     assert (type(objective).__name__, objective.anchor, objective.beta) == ("AnchoredDPO", 0.5, 500)
-    again = config.build(yaml.safe_load(config.dump(loaded)))  # what a run folder holds can be read back
+    again = config_loading.build(
+        yaml.safe_load(config_loading.dump(loaded))
+    )  # what a run folder holds can be read back
     assert dataclasses.asdict(again.objective) == dataclasses.asdict(objective)
 
     reference, pairs = torch.full((4,), 0.1), losses.Pairs.halves(2)
@@ -290,5 +293,5 @@ def test_custom_objective_example(tmp_path: Path) -> None:
     out.per_item.sum().backward()
     assert error.grad is not None
     assert error.grad[0] > error.grad[1] > 0
-    with pytest.raises(config.ConfigError, match="anchor is -1"):
-        config.load_config("demo_dpo", [f"objective.name={name}", "objective.anchor=-1"])
+    with pytest.raises(ConfigError, match="anchor is -1"):
+        config_loading.load_config("demo_dpo", [f"objective.name={name}", "objective.anchor=-1"])

@@ -14,7 +14,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffalign import adapters, checkpoint, commands, export, gates, preflight
-from diffalign.config import LoraConfig, RunConfig, build
+from diffalign.config import LoraConfig, RunConfig
+from diffalign.config_loading import build
 from diffalign.errors import CheckpointError, ConfigError, UserError
 from diffalign.gates import Gates, load_gated
 from diffalign.metrics import read_rows

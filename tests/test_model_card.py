@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from diffalign import config as config_module
-from diffalign import plugins
+from diffalign import config_loading, plugins
 from diffalign.config import RunConfig
 from diffalign.model_card import caveats, snippet, write_card
 
@@ -37,7 +36,7 @@ def make_config(**sections: Any) -> RunConfig:
     }
     for name, values in sections.items():
         tree[name] = tree.get(name, {}) | values
-    return config_module.build(tree)
+    return config_loading.build(tree)
 
 
 TINY = {"family": "sdxl", "pretrained": "tiny-sdxl"}

@@ -15,10 +15,11 @@ from families import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffalign import config as config_module
+from diffalign import config_loading
 from diffalign.adapters import attach
 from diffalign.architecture import assume, resolve
-from diffalign.config import LoraConfig, ModelConfig, RunConfig, build, load_config
+from diffalign.config import LoraConfig, ModelConfig, RunConfig
+from diffalign.config_loading import build, load_config
 from diffalign.errors import ConfigError
 from diffalign.families import DECODER, ENCODERS, NETWORK, DenoisingFamily, load_family, published
 from diffalign.hardware import resolve_auto
@@ -248,7 +249,7 @@ def test_work_per_pair() -> None:
 
 
 def build_sft() -> RunConfig:
-    tree = config_module.to_tree(sd15())
+    tree = config_loading.to_tree(sd15())
     return build(tree | {"objective": {"name": "sft"}})
 
 
@@ -275,7 +276,7 @@ def sampled(name: str, *, online: bool = True, **rollout: Any) -> RunConfig:
     """SD1.5 on its own samples, 32 to an optimiser step."""
     own = {"prompts": PROMPTS, "rewards": ["world_verifier"], "samples_per_prompt": 4} if online else {}
     beta = {} if name in ("sft", "dro", "spo", "d3po") else {"beta": 30.0}
-    tree = config_module.to_tree(sd15())
+    tree = config_loading.to_tree(sd15())
     return build(tree | {"objective": {"name": name} | beta, "rollout": {"num_inference_steps": 10} | own | rollout})
 
 
@@ -338,7 +339,7 @@ def test_transitions_are_scored_with_the_samplers_guidance_and_groups_image_by_i
 def back_propagated(name: str, **rollout: Any) -> RunConfig:
     """SD1.5 on the gradient of a reward, 32 images to an optimiser step, 10 steps with guidance."""
     own = {"prompts": PROMPTS, "rewards": ["clip_score"], "num_inference_steps": 10, "guidance_scale": 5.0}
-    return build(config_module.to_tree(sd15()) | {"objective": {"name": name}, "rollout": own | rollout})
+    return build(config_loading.to_tree(sd15()) | {"objective": {"name": name}, "rollout": own | rollout})
 
 
 @pytest.mark.parametrize(
@@ -578,7 +579,7 @@ def test_recipes_of_transformers_load_and_plan(name: str) -> None:
     assert plan.setting.memory.total / GIB == pytest.approx(gigabytes, abs=0.1)
     text = render(plan)
     assert f"{count:,}" in text
-    header = (config_module.config_folder() / f"{name}.yaml").read_text().split("output_dir")[0]
+    header = (config_loading.config_folder() / f"{name}.yaml").read_text().split("output_dir")[0]
     assert f"{gigabytes} GiB" in header
     assert "UNVERIFIED" in header
     if name.startswith("flux"):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from diffalign import losses, preflight
-from diffalign.config import build
+from diffalign.config_loading import build
 from diffalign.errors import ConfigError, UserError
 
 

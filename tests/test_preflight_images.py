@@ -12,7 +12,8 @@ from diffusers import DDPMScheduler
 
 from diffalign import preflight
 from diffalign._preflight_images import UNREAD
-from diffalign.config import RunConfig, build, load_config
+from diffalign.config import RunConfig
+from diffalign.config_loading import build, load_config
 from diffalign.errors import ConfigError
 from diffalign.schedules import Schedule
 from diffalign.trainer import train

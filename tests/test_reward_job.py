@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffalign import checkpoint, commands, preflight, rewards
 from diffalign._plan_rewards import plan_reward, render
-from diffalign.config import build
+from diffalign.config_loading import build
 from diffalign.errors import DataError, UserError
 from diffalign.judges import load_judge
 from diffalign.metrics import read_rows

@@ -21,7 +21,7 @@ from lm_support import save_lm
 from safetensors.torch import load_file
 
 from diffalign import checkpoint
-from diffalign.config import build
+from diffalign.config_loading import build
 from diffalign.errors import ConfigError, DataError, UserError
 from diffalign.metrics import read_rows
 from diffalign.trainer import TrainResult, train

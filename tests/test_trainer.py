@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from diffalign import checkpoint, losses
-from diffalign.config import build, dump
+from diffalign.config_loading import build, dump
 from diffalign.errors import UserError
 from diffalign.health import NonFiniteLossError
 from diffalign.jobs.image import ImageJob
@@ -290,7 +290,7 @@ def test_a_checkpoint_used_as_an_adapter_keeps_alpha_and_the_average(run):
     from diffalign import export
     from diffalign.adapters import delta_weights
     from diffalign.commands import load_adapter
-    from diffalign.config import load_config
+    from diffalign.config_loading import load_config
     from diffalign.errors import CheckpointError
     from diffalign.families import NETWORK, load_family
 
@@ -484,7 +484,7 @@ def test_grids_show_the_same_prompts_before_during_and_after(evaluated):
 
 def test_the_saved_lora_gives_the_same_images_in_a_plain_pipeline(evaluated):
     from diffalign.commands import generate
-    from diffalign.config import load_config
+    from diffalign.config_loading import load_config
     from diffalign.schedules import generator_for
     from diffalign.world.bases import load_pipeline
 
@@ -541,7 +541,7 @@ def test_the_model_cards_snippet_runs(evaluated):
 
 def test_evaluating_the_exported_adapter_again_gives_the_same_numbers(evaluated, tmp_path):
     from diffalign.commands import evaluate_adapter
-    from diffalign.config import load_config
+    from diffalign.config_loading import load_config
 
     config = load_config(evaluated.run_dir / "config.yaml")
     again = evaluate_adapter(config, evaluated.run_dir, tmp_path / "again.json")
@@ -552,7 +552,7 @@ def test_evaluating_the_exported_adapter_again_gives_the_same_numbers(evaluated,
 
 
 def test_the_resolved_config_can_be_run_again(evaluated):
-    from diffalign.config import load_config
+    from diffalign.config_loading import load_config
 
     text = (evaluated.run_dir / "config.yaml").read_text()
     assert dump(load_config(evaluated.run_dir / "config.yaml")) == text

@@ -18,7 +18,8 @@ from PIL import Image, ImageSequence
 
 from diffalign import evaluate, preflight, rewards
 from diffalign.commands import generate
-from diffalign.config import ModelConfig, RunConfig, SamplingConfig, build
+from diffalign.config import ModelConfig, RunConfig, SamplingConfig
+from diffalign.config_loading import build
 from diffalign.data.cache import LatentCache
 from diffalign.data.manifest import fingerprint
 from diffalign.data.prepare import prepare

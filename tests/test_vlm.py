@@ -163,6 +163,7 @@ def logits_of(folder: Path, text: str, shown: list[torch.Tensor]) -> tuple[torch
 def test_a_local_model_gives_the_probabilities_of_its_logits(folder: Path, tmp_path: Path) -> None:
     images, prompts = pictures(3), ["a red circle", "two blue squares left of a tree", "x"]
     judge = rewards.load(f"vlm_judge:{write(tmp_path, local=str(folder), batch=2)}")
+    assert not judge.waits, "it is busy itself, so nothing should go on beside it"
     got = score(judge, images, prompts)
     wanted = []
     for image, prompt in zip(images, prompts, strict=True):

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffalign.config import DataConfig, RunConfig, to_tree
+from diffalign.config import DataConfig, RunConfig
+from diffalign.config_loading import to_tree
 from diffalign.data.prompts import load_prompts, normalised
 from diffalign.data.source import Source
 from diffalign.errors import DataError

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,12 @@ def check_usable(report: DataReport, max_unusable: float, source: str) -> None:
             f"{source}: {report.unusable:,} of {report.rows:,} rows are unusable, more than data.max_unusable="
             f"{max_unusable:g} allows. {report.summary()} ({report.example()}). Check data.format"
         )
+
+
+def split_held_out(prompts: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
+    """Places of the prompts that are trained on, and of those that are kept out."""
+    out = [is_held_out(prompt, fraction) for prompt in prompts]
+    return [i for i, held in enumerate(out) if not held], [i for i, held in enumerate(out) if held]
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffalign import adapters
 from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, micro_batches
-from diffalign.data.pipeline import is_held_out
+from diffalign.data.pipeline import split_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.data.prompts import load_prompts
 from diffalign.families import NETWORK, Conditioning, DenoisingFamily
@@ -64,10 +64,8 @@ class ImageJob(Job):
         prepared = prepare(config, self.family, self.accelerator)
         if self.accelerator.is_main_process:
             prepared.report.write(self.run_dir / REPORT)
-        fraction = config.evaluation.held_out_fraction
         data = prepared.data
-        self.kept_out = [i for i, prompt in enumerate(data.prompts) if is_held_out(prompt, fraction)]
-        self.kept = sorted(set(range(len(data))) - set(self.kept_out))
+        self.kept, self.kept_out = split_held_out(data.prompts, config.evaluation.held_out_fraction)
         self.count, self.held_out = len(self.kept), len(self.kept_out)
         sizes = data.target_sizes
         assert training.train_batch_size != "auto", "resolve_auto has chosen"

@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 
 from diffalign import adapters, calibration, plugins, rewards
 from diffalign._model_card_reward import write_reward_card
+from diffalign.data.batch import Batch
 from diffalign.data.encode import EncodedPair
 from diffalign.data.facts import ASPECT
 from diffalign.data.loader import BatchPlan, PairData, micro_batches
-from diffalign.data.pipeline import is_held_out
+from diffalign.data.pipeline import is_held_out, split_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.errors import DataError
 from diffalign.families._loading import quiet
@@ -43,7 +44,7 @@ HALF = "calibration"  # salt of the split of the held-out prompts
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeBatch:
+class JudgeBatch(Batch):
     """P pairs, chosen pictures first.
 
     Attributes:
@@ -62,11 +63,6 @@ class JudgeBatch:
     p: Tensor
     weight: Tensor
     aspect: Tensor | None = None
-
-    def to(self, device: torch.device) -> JudgeBatch:
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        tensors = {name: v.to(device, non_blocking=True) for name, v in own.items() if isinstance(v, Tensor)}
-        return JudgeBatch(**(own | tensors))
 
     @property
     def prompt(self) -> Tensor:
@@ -121,9 +117,7 @@ class RewardJob(Job):
         if self.accelerator.is_main_process:
             prepared.report.write(self.run_dir / REPORT)
         self.data = prepared.data
-        fraction = config.evaluation.held_out_fraction
-        self.kept_out = [i for i, prompt in enumerate(self.data.prompts) if is_held_out(prompt, fraction)]
-        self.kept = sorted(set(range(len(self.data))) - set(self.kept_out))
+        self.kept, self.kept_out = split_held_out(self.data.prompts, config.evaluation.held_out_fraction)
         self.count, self.held_out = len(self.kept), len(self.kept_out)
         if self.aspects:
             self._check_aspects()

@@ -217,7 +217,7 @@ class Objective(ABC):
             "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
             latents drawn from one latent. "steps": transitions of all samples of a prompt, with the log-densities under the
-            policy that sampled them. "differentiable": images that are sampled with gradient, see `diffusion._backprop`.
+            policy that sampled them. "differentiable": images that are sampled with gradient, see `diffusion.walks`.
         sampling: what it asks of images that are sampled for it.
     """
 

@@ -1,7 +1,7 @@
 """Images that are sampled with gradient: prompts -> a walk through the sampler -> differentiable rewards.
 
 Nothing is stored and nothing is used twice: a micro-batch is a list of prompts with their noise, and sampling happens in
-the objective's walk (`diffalign.losses.diffusion._backprop`) when its loss is asked for. Prompts, noise and order are
+the objective's walk (`diffalign.losses.diffusion.walks`) when its loss is asked for. Prompts, noise and order are
 functions of (seed, prompt, visit), the walk's choices of (seed, optimiser step).
 
 Memory: a trained step keeps its latents alone and is computed again in the backward pass (`rollout.checkpoint_steps`), and
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from diffalign.data.batch import Batch
 from diffalign.data.loader import BatchPlan
 from diffalign.families import DECODER, DenoisingFamily
 from diffalign.losses import Items, Layout, Scores
-from diffalign.losses.diffusion._backprop import PROMPT, Backprop, Chain, End, Level
+from diffalign.losses.diffusion.walks import PROMPT, Backprop, Chain, End, Level
 from diffalign.policy import Policy, guided, without_dropout
 from diffalign.prediction import append_dims, convert
 from diffalign.sampling.batches import Conditions
@@ -262,9 +263,8 @@ class SamplerChain(Chain):
                 return call(x.detach())
         if not self.paths.checkpointed:
             return call(x)
-        before = policy.forwards
-        output: Tensor = checkpoint(_uncounted(policy, call), x, use_reentrant=False)  # type: ignore[no-untyped-call]
-        policy.forwards = before + len(x) * (1 if self.paths.family.guide(batch.conditioning, scale)[1] == 1 else 2)
+        second = lambda: (nullcontext(), uncounted(policy))  # noqa: E731
+        output: Tensor = checkpoint(call, x, use_reentrant=False, context_fn=second)  # type: ignore[no-untyped-call]
         return output
 
     def advance(self, x: Tensor, output: Tensor, step: int) -> Tensor:
@@ -293,14 +293,11 @@ class SamplerChain(Chain):
         return self.paths.noise(self.batch.ids, self.batch.visits, name).to(self.start.device)
 
 
-def _uncounted(policy: Policy, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A forward that does not count: a checkpoint calls it once more in the backward pass."""
-
-    def quiet(x: Tensor) -> Tensor:
-        before = policy.forwards
-        try:
-            return call(x)
-        finally:  # a checkpoint leaves its second pass as soon as it has what it needs
-            policy.forwards = before
-
-    return quiet
+@contextmanager
+def uncounted(policy: Policy) -> Iterator[None]:
+    """Inside, forwards do not count."""
+    before = policy.forwards
+    try:
+        yield
+    finally:
+        policy.forwards = before

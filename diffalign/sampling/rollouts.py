@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -59,6 +59,7 @@ from diffalign.sampling.entries import (
     Transition,
 )
 from diffalign.sampling.rules import DECODED, candidate_steps, noise_level, round_size, sampling_policy, window_starts
+from diffalign.sampling.scoring import Scoring
 from diffalign.sampling.trajectories import Trajectory, log_density, make_grid, next_mean, sample
 from diffalign.schedules import generator_for
 
@@ -598,39 +599,6 @@ class ImageRollouts:
             log.warning("the unfinished round of samples is made anew by the current policy (several processes)")
             return
         self._round = (state["round"], rebuilt(state["entries"], CLASSES))
-
-
-class Scoring:
-    """Asks rewards about one batch after the other; if some of them only wait for an answer, in a thread.
-
-    Args:
-        models: the rewards.
-    """
-
-    def __init__(self, models: Sequence[rewards.Reward]) -> None:
-        self.models = models
-        self.thread = ThreadPoolExecutor(1) if any(model.waits for model in models) else None
-
-    def __enter__(self) -> Scoring:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.thread is not None:
-            self.thread.shutdown(cancel_futures=True)
-
-    def submit(self, images: Tensor, prompts: list[str]) -> Future[Tensor]:
-        """Rewards (N, R) of images, on the CPU, when they are there."""
-        if self.thread is not None:
-            return self.thread.submit(self._score, images, prompts)
-        done: Future[Tensor] = Future()
-        done.set_result(self._score(images, prompts))
-        return done
-
-    @torch.no_grad()
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        if not self.models:
-            return torch.zeros(len(images), 0)
-        return torch.stack([rewards.score(model, images, prompts).cpu() for model in self.models], 1)
 
 
 def _rows(one: Sampled, numbers: Sequence[int], label: Tensor) -> SampledRows:

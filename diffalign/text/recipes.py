@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from diffalign.config import convert
+from diffalign.config_loading import convert
 from diffalign.data.readers import BadRow, UnreadableShard
 from diffalign.data.readers.text import SUFFIXES, raw_rows
 from diffalign.data.report import DataReport

@@ -358,7 +358,7 @@ def test_the_preflight_knows_which_data_have_no_such_facts(
 
 @pytest.mark.parametrize("name", ["smpo", "capo", "bide_dpo", "patch_dpo", "subject_rpo"])
 def test_the_demos_pass_the_preflight(name: str, tmp_path: Path) -> None:
-    from diffalign.config import load_config
+    from diffalign.config_loading import load_config
 
     preflight.check(load_config(f"demo_{name}", [f"output_dir={tmp_path}"]))
 

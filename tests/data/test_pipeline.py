@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffalign.config import DataConfig
 from diffalign.data import pipeline
-from diffalign.data.pipeline import check, is_held_out, iterate
+from diffalign.data.pipeline import check, is_held_out, iterate, split_held_out
 from diffalign.data.record import Record
 from diffalign.data.report import DataReport
 from diffalign.data.source import resolve
@@ -216,6 +216,9 @@ def test_held_out_is_decided_by_the_prompt_alone() -> None:
     prompts = [f"prompt {i}" for i in range(500)]
     out = [is_held_out(prompt, 0.2) for prompt in prompts]
     assert 60 < sum(out) < 140
+    kept, held = split_held_out(prompts, 0.2)
+    assert held == [i for i, o in enumerate(out) if o]
+    assert sorted(kept + held) == list(range(len(prompts)))
     assert not any(is_held_out(prompt, 0.0) for prompt in prompts)
     assert all(is_held_out(prompt, 1.0) for prompt in prompts)
     # A larger share keeps what a smaller one kept out, and case does not move a prompt across.

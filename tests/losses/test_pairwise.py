@@ -8,7 +8,7 @@ import pytest
 import torch
 from loss_cases import pair_batch, pair_start, token_scores
 
-from diffalign import config, losses
+from diffalign import config_loading, losses
 from diffalign.errors import ConfigError
 from diffalign.losses import DPO, IncompatibleObjective, Items, Kind, Layout, Lists, Pairs, Scores
 from diffalign.losses.anchored import APODown, EXOList, InfoNCA, NCAList
@@ -64,11 +64,11 @@ def test_numbers_that_yaml_leaves_as_text_are_read():
 
 def test_settings_by_objective_come_from_a_config():
     values = {"losses": ["dpo", "ipo"], "weights": [1, "1e-1"], "settings": {"dpo": {"label_smoothing": "1e-2"}}}
-    mixed = config.from_mapping(Mixed, values, "objective")
+    mixed = config_loading.from_mapping(Mixed, values, "objective")
     assert mixed.parts["dpo"] == DPO(label_smoothing=0.01)
     assert mixed.weights == (1.0, 0.1)
     with pytest.raises(ConfigError, match=r"objective\.settings\.dpo: got 3; a section"):
-        config.from_mapping(Mixed, {"settings": {"dpo": 3}}, "objective")
+        config_loading.from_mapping(Mixed, {"settings": {"dpo": 3}}, "objective")
 
 
 @pytest.mark.parametrize("cls", MINE, ids=lambda cls: cls.name)

@@ -294,7 +294,6 @@ NAMES = {"id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}
 
 
 def test_masks_are_the_models_instances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("scipy")
     monkeypatch.setattr(
         "reward_models._detectors.INSTANCES", 8
     )  # as many as there are queries, as in the published model

@@ -119,6 +119,7 @@ def test_expected_rating() -> None:
 def test_scores_are_the_probabilities(make: Make, fake: Fake) -> None:
     images = pictures(20)
     judge = rewards.load(f"vlm_judge:{make(workers=4)}")
+    assert judge.waits
     got = score(judge, images, [f"p{i}" for i in range(20)])
     assert torch.allclose(got, images.mean((1, 2, 3)), atol=1e-5)  # in order, although four are asked at a time
     assert {r["messages"][-1]["content"][-1]["text"] for r in fake.requests} == {

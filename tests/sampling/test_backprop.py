@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from diffalign import checkpoint, rewards
-from diffalign.config import _build_objective as build_objective
 from diffalign.errors import ConfigError
 from diffalign.jobs.image import ImageJob
+from diffalign.losses import SRPO, DRaFT, ReFL
 from diffalign.metrics import read_rows
+from diffalign.policy import guided
 from diffalign.sampling.backprop import PromptBatch, RewardPaths, SamplerChain, through_decoder
 from diffalign.trainer import average_gradients, train
 
@@ -66,25 +65,6 @@ def config_of(tmp_path: Path, tiny_config: Any, soft: str) -> Any:
     return make
 
 
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ImageJob, PromptBatch, Any]]:
-    """(job, batch, loss) of every micro-batch of the runs of a test."""
-    found: list[tuple[ImageJob, PromptBatch, Any]] = []
-    original = ImageJob.loss
-
-    def loss(self: ImageJob, batch: Any) -> Any:
-        out = original(self, batch)
-        found.append((self, batch, out))
-        return out
-
-    monkeypatch.setattr(ImageJob, "loss", loss)
-    return found
-
-
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(list(checkpoint.steps_of(folder).values())[-1] / "adapter.safetensors")
-
-
 def gradients(job: ImageJob, batch: PromptBatch, objective: Any = None, **rollout: Any) -> dict[str, torch.Tensor]:
     """Gradients of the mean loss of a batch."""
     config = replace(job.config, rollout=replace(job.config.rollout, **rollout))
@@ -114,9 +94,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], **more: f
         torch.testing.assert_close(value, other[name], **({"rtol": 1e-3, "atol": 1e-7} | more))
 
 
-def test_gradient_of_the_reward_is_that_of_finite_differences(config_of: Any, jobs: list[Any]) -> None:
+def test_gradient_of_the_reward_is_that_of_finite_differences(config_of: Any, seen: list[Any]) -> None:
     train(config_of("run", training={"max_train_steps": 1}, rollout={"guidance_scale": 2.0}))
-    job, batch, _ = jobs[0]
+    job, batch, _ = seen[0]
     network = job.policy.bare
     found = gradients(job, batch)
     name, grad = max(found.items(), key=lambda one: float(one[1].abs().max()))
@@ -159,32 +139,50 @@ def test_every_method_raises_the_reward(config_of: Any, objective: str, settings
 
 
 def test_gradients_do_not_depend_on_checkpoints_or_on_how_many_images_are_decoded(
-    config_of: Any, jobs: list[Any]
+    config_of: Any, seen: list[Any]
 ) -> None:
     train(config_of("run", training={"max_train_steps": 1}, rollout={"guidance_scale": 2.0, "eta": 0.5}))
-    job, batch, _ = jobs[0]
+    job, batch, _ = seen[0]
     plain = gradients(job, batch, checkpoint_steps=False, decode_batch_size=3)
     same(plain, gradients(job, batch, checkpoint_steps=True, decode_batch_size=3))
     same(plain, gradients(job, batch, checkpoint_steps=False, decode_batch_size=1))
 
 
-def test_negative_branch_can_be_left_out_of_the_gradient(config_of: Any, jobs: list[Any]) -> None:
-    train(config_of("run", training={"max_train_steps": 1}, rollout={"guidance_scale": 3.0}))
-    job, batch, _ = jobs[0]
-    both = gradients(job, batch)
-    alone = gradients(job, batch, build_objective({"name": "draft", "negative_gradient": False}))
-    assert max(float((both[n] - alone[n]).abs().max()) for n in both) > 1e-6
-    no_guidance = gradients(job, batch, guidance_scale=1.0)
-    same(
-        no_guidance,
-        gradients(job, batch, build_objective({"name": "draft", "negative_gradient": False}), guidance_scale=1.0),
+def test_a_detached_negative_branch_leaves_its_part_of_the_gradient_out(config_of: Any, seen: list[Any]) -> None:
+    """u + w (c - u) has the gradient w dc + (1 - w) du; detached, w dc, at the same value."""
+    train(config_of("run", training={"max_train_steps": 1}))
+    job, batch, _ = seen[0]
+    policy, x, scale = job.policy, batch.start, 3.0
+    times = torch.full((len(x),), 700)
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+    def there_and_back(prompt: Any, scale: float = 1.0, **more: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        policy.bare.zero_grad()
+        output = guided(policy, policy.bare, x, times, prompt, batch.negative, scale, **more)
+        (weight * output).sum().backward()
+        return output.detach(), {n: p.grad.clone() for n, p in policy.bare.named_parameters() if p.grad is not None}
+
+    (whole, both), (value, alone) = (
+        there_and_back(batch.conditioning, scale, detach_negative=d) for d in (False, True)
     )
+    (_, c), (_, u) = there_and_back(batch.conditioning), there_and_back(batch.negative)
+    torch.testing.assert_close(whole, value, rtol=1e-4, atol=1e-5)
+    same(alone, {n: scale * c[n] for n in c}, atol=1e-4)
+    same(both, {n: scale * c[n] + (1 - scale) * u[n] for n in c}, atol=1e-4)
+    assert max(float(u[n].abs().max()) for n in u) > 1e-2
 
 
-def test_a_step_does_not_depend_on_how_it_is_split(config_of: Any, jobs: list[Any]) -> None:
+def test_objectives_choose_whether_the_negative_branch_is_detached(config_of: Any, seen: list[Any]) -> None:
+    train(config_of("run", training={"max_train_steps": 1}, rollout={"guidance_scale": 3.0}))
+    job, batch, _ = seen[0]
+    both, alone = (gradients(job, batch, DRaFT(negative_gradient=n)) for n in (True, False))
+    assert max(float((both[n] - alone[n]).abs().max()) for n in both) > 1e-6
+
+
+def test_a_step_does_not_depend_on_how_it_is_split(config_of: Any, seen: list[Any], adapter_of: Any) -> None:
     settings = {"train_batch_size": 6, "max_train_steps": 2}
     whole = train(config_of("whole", "align_prop", training=settings, rollout={"eta": 1.0})).run_dir
-    walks = [(batch.ids, batch.start[0, 0, 0, 0].item()) for _, batch, _ in jobs]
+    walks = [(batch.ids, batch.start[0, 0, 0, 0].item()) for _, batch, _ in seen]
     parts = train(
         config_of(
             "parts",
@@ -197,7 +195,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(config_of: Any, jobs: list[An
     assert walks[0][0] != walks[1][0] or walks[0][1] != walks[1][1], "every step has its own noise"
 
 
-def test_resumed_runs_go_on_as_if_they_had_not_stopped(config_of: Any) -> None:
+def test_resumed_runs_go_on_as_if_they_had_not_stopped(config_of: Any, adapter_of: Any) -> None:
     whole = train(config_of("whole", "align_prop", training={"max_train_steps": 4, "checkpointing_steps": 2})).run_dir
     first = config_of("parts", "align_prop", training={"max_train_steps": 4, "checkpointing_steps": 2})
     stopped = Path(first.output_dir)
@@ -213,15 +211,15 @@ def test_resumed_runs_go_on_as_if_they_had_not_stopped(config_of: Any) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_walks_draw_once_for_an_optimiser_step(config_of: Any, jobs: list[Any]) -> None:
+def test_walks_draw_once_for_an_optimiser_step(config_of: Any, seen: list[Any]) -> None:
     train(config_of("run", training={"train_batch_size": 1, "gradient_accumulation_steps": 2, "max_train_steps": 2}))
-    draws = [int(torch.randint(1 << 30, (), generator=SamplerChain(job.rollouts, b).generator)) for job, b, _ in jobs]
+    draws = [int(torch.randint(1 << 30, (), generator=SamplerChain(job.rollouts, b).generator)) for job, b, _ in seen]
     assert draws[0] == draws[1] != draws[2] == draws[3]
 
 
-def test_forwards_are_counted_once_however_often_a_checkpoint_repeats_them(config_of: Any, jobs: list[Any]) -> None:
+def test_forwards_are_counted_once_however_often_a_checkpoint_repeats_them(config_of: Any, seen: list[Any]) -> None:
     train(config_of("run", training={"max_train_steps": 1}, rollout={"guidance_scale": 2.0}))
-    job, batch, _ = jobs[0]
+    job, batch, _ = seen[0]
     for again in (True, False):
         before = job.policy.forwards
         gradients(job, batch, checkpoint_steps=again)
@@ -229,7 +227,7 @@ def test_forwards_are_counted_once_however_often_a_checkpoint_repeats_them(confi
 
 
 def test_several_rewards_are_weighted_and_told_apart(
-    config_of: Any, jobs: list[Any], soft: str, tmp_path: Path
+    config_of: Any, seen: list[Any], soft: str, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.py"
     other.write_text(Path(soft).read_text().replace("sin()", "cos()"))
@@ -240,12 +238,12 @@ def test_several_rewards_are_weighted_and_told_apart(
             training={"max_train_steps": 1},
         )
     )
-    _, _, out = jobs[0]
+    _, _, out = seen[0]
     one, two = out.metrics[f"reward/{soft}"], out.metrics[f"reward/{other}"]
     torch.testing.assert_close(out.metrics["reward"], one - 2 * two)
 
 
-def test_captions_of_a_walk_reach_the_reward(config_of: Any, jobs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_of_a_walk_reach_the_reward(config_of: Any, seen: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     original = rewards.score
     monkeypatch.setattr(rewards, "score", lambda m, i, p, **k: asked.append(list(p)) or original(m, i, p, **k))
@@ -319,14 +317,16 @@ def test_keys_of_back_propagation_are_refused_elsewhere(config_of: Any) -> None:
         train(config_of("run", "dgpo", rollout={"decode_batch_size": 2, "samples_per_prompt": 3}))
 
 
-def test_objectives_refuse_settings_that_contradict_each_other() -> None:
-    for settings, message in (
-        ({"name": "draft", "link": "hinge"}, "target is None with link 'hinge'"),
-        ({"name": "refl", "link": "linear"}, "target is 2.0 with link 'linear'"),
-        ({"name": "draft", "last_steps": 0}, "last_steps is 0"),
-        ({"name": "srpo", "positive": []}, "positive is empty"),
-        ({"name": "srpo", "caption": "{word}"}, "expected both {word} and {prompt}"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            build_objective(settings)
-    assert math.isclose(build_objective({"name": "srpo", "positive": ["a", "b"]}).target, 0.7)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DRaFT(link="hinge"), "target is None with link 'hinge'"),
+        (lambda: ReFL(link="linear"), "target is 2.0 with link 'linear'"),
+        (lambda: DRaFT(last_steps=0), "last_steps is 0"),
+        (lambda: SRPO(positive=()), "positive is empty"),
+        (lambda: SRPO(caption="{word}"), "expected both {word} and {prompt}"),
+    ],
+)
+def test_objectives_refuse_settings_that_contradict_each_other(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from diffalign import checkpoint, rewards
 from diffalign.adapters import adapters_off
@@ -61,21 +60,6 @@ def bright(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ImageJob, Any, Any]]:
-    """(job, batch, loss) of every micro-batch."""
-    found: list[tuple[ImageJob, Any, Any]] = []
-    original = ImageJob.loss
-
-    def loss(self: ImageJob, batch: Any) -> Any:
-        out = original(self, batch)
-        found.append((self, batch, out))
-        return out
-
-    monkeypatch.setattr(ImageJob, "loss", loss)
-    return found
-
-
-@pytest.fixture
 def run(tmp_path: Path, tiny_config: Any, bright: str) -> Any:
     def start(name: str, objective: str, *, online: bool = True, **changes: Any) -> Path:
         settings = changes.pop("settings", {})
@@ -95,10 +79,6 @@ def run(tmp_path: Path, tiny_config: Any, bright: str) -> Any:
         return train(config).run_dir
 
     return start
-
-
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(list(checkpoint.steps_of(folder).values())[-1] / "adapter.safetensors")
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -305,7 +285,7 @@ def test_a_dropped_prompt_is_dropped_in_the_sample_too(run: Any, seen: list[Any]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo", "grpo", "diffusion_nft"])
-def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_path: Path) -> None:
+def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_path: Path, adapter_of: Any) -> None:
     settings = {"beta": 50.0} if objective in ("dpo", "gdpo") else {}
     rollout = {"steps_per_generation": 4}
     training = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 6}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import yaml
 from lm_support import save_lm
 
 from diffalign.cli import main
-from diffalign.config import build
+from diffalign.config_loading import build
 from diffalign.trainer import TrainResult, train
 
 REWARD = """
@@ -28,14 +26,7 @@ def letters(prompts, completions, **columns):
 """
 
 
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """`main` sets up our logger for a process of its own."""
-    logger = logging.getLogger("diffalign")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
-    logging.getLogger("diffalign.losses").setLevel(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 def word(draw: random.Random) -> str:
@@ -232,7 +223,7 @@ def test_lists_tell_what_things_are_for(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """Unlearning on the embedded world's own language model, for two steps."""
-    from diffalign.config import load_config
+    from diffalign.config_loading import load_config
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
     short = [
@@ -279,7 +270,7 @@ def test_the_card_states_base_data_unlearning_and_limits(tiny: TrainResult) -> N
 
 def test_a_card_of_conversations_renders_the_template(run: TrainResult) -> None:
     from diffalign._model_card_text import text_snippet
-    from diffalign.config import load_config
+    from diffalign.config_loading import load_config
 
     config = load_config(run.run_dir / "config.yaml")
     for chat in (False, True):

@@ -12,7 +12,7 @@ import torch
 from text_support import EOS, build
 
 from diffalign.config import RunConfig
-from diffalign.config import build as build_config
+from diffalign.config_loading import build as build_config
 from diffalign.data.loader import BatchPlan
 from diffalign.data.pipeline import is_held_out
 from diffalign.data.report import DataReport

@@ -29,8 +29,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from diffalign.losses.diffusion._backprop import Backprop, Chain, End
 from diffalign.losses.diffusion._common import one_of
+from diffalign.losses.diffusion.walks import Backprop, Chain, End
 
 
 @dataclass(frozen=True, kw_only=True)

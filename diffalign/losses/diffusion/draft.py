@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffalign.losses.diffusion._backprop import Backprop, Chain, End, roll
+from diffalign.losses.diffusion.walks import Backprop, Chain, End, roll
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from diffalign.losses.diffusion._backprop import Backprop, Chain, End, roll
+from diffalign.losses.diffusion.walks import Backprop, Chain, End, roll
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffalign.losses.diffusion._backprop import PROMPT, Backprop, Chain, End, Level, roll
+from diffalign.losses.diffusion.walks import PROMPT, Backprop, Chain, End, Level, roll
 
 SLOTS = 1000
 MARGIN = 5  # slots at both ends that are no middle

@@ -11,12 +11,12 @@ import torch
 from loss_cases import Case
 
 from diffalign.losses import Items, Kind, Layout, Scores
-from diffalign.losses.diffusion._backprop import Level
 from diffalign.losses.diffusion.align_prop import AlignProp
 from diffalign.losses.diffusion.draft import DRaFT, DRaFTLV
 from diffalign.losses.diffusion.drtune import DRTune
 from diffalign.losses.diffusion.refl import ReFL
 from diffalign.losses.diffusion.srpo import SRPO
+from diffalign.losses.diffusion.walks import Level
 
 
 def close(one, other, **more):
@@ -351,15 +351,19 @@ def captions_are_relative_and_swapped_in_the_inversion(cls):
     assert words == {"x. {prompt}", "y. {prompt}"}
 
 
+def walk_case(*, identities, make=lambda cls: cls(), **more):
+    """What all of these methods have in common."""
+    start = "a reward has no value that is known before it is measured"
+    identities = [higher_rewards_cost_less(lambda cls: cls()), *identities]
+    return Case(make=make, batch=batch, start=start, identities=identities, kinds=(Kind.REWARD,), **more)
+
+
 CASES = [
-    Case(
+    walk_case(
         objective=AlignProp,
         make=lambda cls: cls(link="distance", target=0.2, loss_scale=0.3),
-        batch=batch,
         formula=distance,
-        start="a reward has no value that is known before it is measured",
         identities=[
-            higher_rewards_cost_less(lambda cls: cls()),
             align_with_all_steps_is_the_full_gradient,
             align_keeps_the_direct_path_past_untrained_steps,
             align_draws_late_steps_more_often,
@@ -374,16 +378,11 @@ CASES = [
             ("cutoffs[-1] = 0", "pass"),
             ("min(self.last_steps, steps)] * steps", "1] * steps"),
         ],
-        kinds=(Kind.REWARD,),
     ),
-    Case(
+    walk_case(
         objective=DRaFT,
-        make=lambda cls: cls(),
-        batch=batch,
         formula=linear(1.0),
-        start="a reward has no value that is known before it is measured",
         identities=[
-            higher_rewards_cost_less(lambda cls: cls()),
             draft_trains_the_last_steps,
             draft_finite_differences,
             one_step_of_draft_is_refl_at_the_last_step,
@@ -393,31 +392,24 @@ CASES = [
             ("steps if self.last_steps is None", "1 if self.last_steps is None"),
             ("roll(chain, x, first", "roll(chain, chain.start, first"),
         ],
-        kinds=(Kind.REWARD,),
     ),
-    Case(
+    walk_case(
         objective=DRaFTLV,
         make=lambda cls: cls(loss_scale=0.5),
-        batch=batch,
         formula=linear(0.5),
-        start="a reward has no value that is known before it is measured",
-        identities=[higher_rewards_cost_less(lambda cls: cls()), copies_are_steps_from_the_noised_image],
+        identities=[copies_are_steps_from_the_noised_image],
         mutations=[
             ("ends[0].detach()", "ends[0]"),
             ('chain.noise(f"copy {copy}")', 'chain.noise("copy 0")'),
             ("range(self.copies)", "range(1)"),
             ("roll(chain, x, last, last + 1, gradient=True)", "roll(chain, x, last, last + 1)"),
         ],
-        kinds=(Kind.REWARD,),
     ),
-    Case(
+    walk_case(
         objective=ReFL,
         make=lambda cls: cls(target=0.4),
-        batch=batch,
         formula=hinge(1e-3, 0.4),
-        start="a reward has no value that is known before it is measured",
         identities=[
-            higher_rewards_cost_less(lambda cls: cls()),
             refl_rewards_the_predicted_clean_image_of_one_late_step,
             refl_learns_nothing_above_the_target,
         ],
@@ -426,16 +418,11 @@ CASES = [
             ("chain.predict(x, level, gradient=True), level", "chain.predict(x, level, gradient=True), chain.level(0)"),
             ("loss_scale: float = 1e-3", "loss_scale: float = 1.0"),
         ],
-        kinds=(Kind.REWARD,),
     ),
-    Case(
+    walk_case(
         objective=DRTune,
-        make=lambda cls: cls(),
-        batch=batch,
         formula=linear(1.0),
-        start="a reward has no value that is known before it is measured",
         identities=[
-            higher_rewards_cost_less(lambda cls: cls()),
             drtune_adds_first_order_terms,
             drtune_stops_early_and_spaces_its_steps,
         ],
@@ -446,16 +433,12 @@ CASES = [
             ("(stop + 1) // self.trained", "stop // self.trained"),
             ("round(self.early_stop * steps)) + 1, ()", "round(self.early_stop * steps)), ()"),
         ],
-        kinds=(Kind.REWARD,),
     ),
-    Case(
+    walk_case(
         objective=SRPO,
         make=lambda cls: cls(target=0.3),
-        batch=batch,
         formula=hinge(1.0, 0.3),
-        start="a reward has no value that is known before it is measured",
         identities=[
-            higher_rewards_cost_less(lambda cls: cls()),
             both_branches_recover_the_image_and_pull_to_opposite_sides,
             slots_lie_between_the_published_levels,
             captions_are_relative_and_swapped_in_the_inversion,
@@ -469,6 +452,5 @@ CASES = [
             ("ends[0] + (ends[1] - ends[0])", "ends[1] + (ends[0] - ends[1])"),
             ("(1 + k, good)", "(k, good)"),
         ],
-        kinds=(Kind.REWARD,),
     ),
 ]
