@@ -39,7 +39,13 @@ STORE = ROOT / "docs" / "benchmarks" / "objectives.jsonl"
 WRITING = Lock()
 BASES = {"tiny-sdxl": "sdxl", "tiny-sd3": "sd3"}
 BUDGET = 20_480  # image forwards: 320 steps of Diffusion-DPO on 16 pairs
+PAIRS = 900  # prompts of the pairs, before ties are dropped
 PROBE = "probe"
+# What is set for every run alike, so that a demo may be made shorter and its results stay.
+SET_HERE = {
+    "training": ("max_train_steps", "threads", "checkpointing_steps", "sample_steps", "cpu"),
+    "evaluation": ("num_prompts", "images_per_prompt", "grid_prompts", "at_end"),
+}
 COLUMNS = (
     "objective",
     "gain, 95 % interval",
@@ -78,6 +84,7 @@ def overrides_for(name: str, base: str, seed: int, out: Path) -> list[str]:
     ]
     if tree["data"].get("world_pairs"):
         share_pairs(tree, base, seed, out)
+        changes += [f"data.world_pairs.prompts={PAIRS}"]
         changes += [f"cache.dir={out.parent / ('cache-' + data_key(tree, base, seed))}"]
     return changes
 
@@ -93,7 +100,7 @@ def share_pairs(tree: dict[str, Any], base: str, seed: int, out: Path) -> None:
 
 def data_key(tree: dict[str, Any], base: str, seed: int) -> str:
     """The same for demos with the same pairs."""
-    text = json.dumps([tree["data"], tree.get("cache"), base, seed], sort_keys=True)
+    text = json.dumps([of_the_demo(tree)["data"], tree.get("cache"), base, seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -105,8 +112,21 @@ def train(name: str, changes: list[str], log: Path) -> int:
 
 def digest(name: str, budget: int, extra: list[str], steps: int | None = None) -> str:
     """Of what a config trains."""
-    what = [read_tree(name), budget if steps is None else f"{steps} steps", extra]
+    what = [of_the_demo(read_tree(name)), budget if steps is None else f"{steps} steps", extra]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def of_the_demo(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config without what is set here for every run."""
+    tree = {name: dict(section) if isinstance(section, dict) else section for name, section in tree.items()}
+    for section, names in SET_HERE.items():
+        for name in names:
+            tree.get(section, {}).pop(name, None)
+    if tree["data"].get("world_pairs"):
+        tree["data"]["world_pairs"] = tree["data"]["world_pairs"] | {"prompts": PAIRS}
+    for name in ("output_dir", "seed", "model"):
+        tree.pop(name, None)
+    return tree
 
 
 def stored(store: Path) -> list[dict[str, Any]]:
