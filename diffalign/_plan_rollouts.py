@@ -10,7 +10,7 @@ from diffalign.data.prompts import load_prompts
 from diffalign.families import DenoisingFamily
 from diffalign.losses.diffusion.walks import Backprop
 from diffalign.measure import NetworkCost, measure_decoder
-from diffalign.sampling.rules import DECODED, samples_images, sampling_policy
+from diffalign.sampling.rules import DECODED, detaches_negative, samples_images, sampling_policy
 from diffalign.summary import images_per_pair
 
 
@@ -51,14 +51,16 @@ def images_per_item(config: RunConfig, family: DenoisingFamily) -> int:
         return kept * branches_of(config, family)
     if samples_images(config) and config.objective.trains_steps:
         each = 1 if config.objective.rows_from == "steps" else images_per_pair(config.objective)
-        return each * branches_of(config, family)
+        return each * (1 if detaches_negative(config) else branches_of(config, family))
     return 1 if single_images(config) else images_per_pair(config.objective)
 
 
 def passes_per_item(config: RunConfig, family: DenoisingFamily) -> int:
-    """How many times an image is computed with gradient; more than `images_per_item` where steps are checkpointed."""
+    """How many times an image is computed, at most with gradient; more than `images_per_item` where not all is kept."""
     if isinstance(config.objective, Backprop):
         return trained_predictions(config) * branches_of(config, family)
+    if samples_images(config) and config.objective.trains_steps and detaches_negative(config):
+        return images_per_item(config, family) * branches_of(config, family)
     return images_per_item(config, family)
 
 

@@ -108,6 +108,19 @@ UNREAD = (
     ),
     Unread(
         "rollout",
+        ("negative_gradient",),
+        lambda config: not config.objective.trains_steps,
+        "only objectives on log-densities of a sampler's steps read it, such as flow_grpo (those that follow a reward's "
+        "gradient have objective.negative_gradient)",
+    ),
+    Unread(
+        "rollout",
+        ("negative_gradient",),
+        lambda config: config.rollout.guidance_scale == 1,
+        "without guidance there is no unconditional branch (rollout.guidance_scale: 1)",
+    ),
+    Unread(
+        "rollout",
         ("first_step",),
         lambda config: not config.objective.trains_steps,
         "only objectives that train a trajectory's steps read it, such as d3po",

@@ -224,6 +224,8 @@ class RolloutConfig:
             "copy" 0; "linear_to_0_5" min(step / 1000, 1/2); "delayed_linear_to_0_999" 0 up to step 75, then 0.0075 a step.
         num_inference_steps: sampler steps of images.
         guidance_scale: of the sampler and, for trajectories, of the scores; 1 is none. FLUX.1 [dev] is told it.
+        negative_gradient: whether gradient flows through the unconditional branch of guided scores of a sampler's steps.
+            null: as published (Flow-GRPO: false; DDPO: true).
         eta: 0 samples deterministically (DDIM, Euler), 1 fully stochastically. null: 1 for trajectories, else 0.
         shared_start: all images of a prompt start from the same noise. null: as the objective was published (D3PO: true;
             PSO: false).
@@ -259,6 +261,7 @@ class RolloutConfig:
     old_decay: float | Literal["copy", "linear_to_0_5", "delayed_linear_to_0_999"] = "linear_to_0_5"
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
+    negative_gradient: bool | None = None
     eta: float | None = None
     kernel: Literal["ddim", "flow_sde", "constant_sde", "cps"] = "ddim"
     window: int | None = None

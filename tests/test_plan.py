@@ -331,6 +331,8 @@ def test_transitions_are_scored_with_the_samplers_guidance_and_groups_image_by_i
     plain, guided = make_plan(sampled("d3po")), make_plan(sampled("d3po", guidance_scale=5.0))
     assert guided.flops_per_pair == 2 * plain.flops_per_pair
     assert guided.setting.memory.activations == 2 * plain.setting.memory.activations
+    detached = make_plan(sampled("d3po", guidance_scale=5.0, negative_gradient=False))
+    assert detached.setting.memory.activations == plain.setting.memory.activations
     pairs, images = make_plan(sampled("dpo")), make_plan(sampled("gdpo"))
     assert pairs.flops_per_pair == 2 * images.flops_per_pair
     assert make_plan(sampled("dpo", guidance_scale=5.0)).flops_per_pair == pairs.flops_per_pair

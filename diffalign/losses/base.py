@@ -141,6 +141,7 @@ class Sampling:
         pairing: how two images make a pair where there are several rewards; see `rollout.pairing`.
         win_rates: rewards are read as win rates among the samples of a prompt.
         whole_trajectories: a row is a trajectory with all its steps; runs hand out single transitions.
+        negative_gradient: whether gradient flows through the unconditional branch of guided log-densities.
     """
 
     policy: Literal["policy", "reference", "lagged"] = "policy"
@@ -149,6 +150,7 @@ class Sampling:
     pairing: Literal["sum", "dominance"] = "sum"
     win_rates: bool = False
     whole_trajectories: bool = False
+    negative_gradient: bool = True
 
 
 @dataclass(frozen=True)

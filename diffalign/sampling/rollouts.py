@@ -58,7 +58,15 @@ from diffalign.sampling.entries import (
     StepRows,
     Transition,
 )
-from diffalign.sampling.rules import DECODED, candidate_steps, noise_level, round_size, sampling_policy, window_starts
+from diffalign.sampling.rules import (
+    DECODED,
+    candidate_steps,
+    detaches_negative,
+    noise_level,
+    round_size,
+    sampling_policy,
+    window_starts,
+)
 from diffalign.sampling.scoring import Scoring
 from diffalign.sampling.trajectories import Trajectory, log_density, make_grid, next_mean, sample
 from diffalign.schedules import generator_for
@@ -536,7 +544,16 @@ class ImageRollouts:
 
         def step(network: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor]:
             """Prediction, mean and log-density of the next latents."""
-            output = guided(policy, network, batch.x, times, batch.conditioning, batch.negative, scale)
+            output = guided(
+                policy,
+                network,
+                batch.x,
+                times,
+                batch.conditioning,
+                batch.negative,
+                scale,
+                detach_negative=detaches_negative(self.config),
+            )
             mean = next_mean(self.grid, batch.step, batch.x, output, deviation)
             return output, mean, log_density(batch.x_next, mean, deviation, self.grid.kernel)
 

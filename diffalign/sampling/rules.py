@@ -29,6 +29,12 @@ def sampling_policy(config: RunConfig) -> str:
     return config.rollout.policy or str(config.objective.sampling.policy)
 
 
+def detaches_negative(config: RunConfig) -> bool:
+    """Whether the unconditional branch of guided log-densities carries no gradient."""
+    asked = config.rollout.negative_gradient
+    return not (config.objective.sampling.negative_gradient if asked is None else asked)
+
+
 def has_lagged(config: RunConfig) -> bool:
     """Whether a run keeps a lagged copy of the policy: it samples, or the objective compares with it."""
     objective: Objective = config.objective

@@ -658,6 +658,8 @@ def test_forwards_are_counted(run: Any) -> None:
         ("grpo", {"window": 2, "window_range": [2, 3]}, "start at 2 to 3 do not fit"),
         ("grpo", {"window_every": 3}, "there is none"),
         ("grpo", {"kernel": "flow_sde"}, "a step of flow models"),
+        ("grpo", {"negative_gradient": False}, "without guidance there is no unconditional branch"),
+        ("dpo", {"negative_gradient": False, "guidance_scale": 2.0}, "only objectives on log-densities"),
         ("dpo", {"samples_per_prompt": 1}, "at least 2"),
         ("gdpo", {"samples_per_prompt": 4}, "multiple of rollout.samples_per_prompt 4"),
         ("d3po", {"reward_weights": [1.0, 2.0]}, "give one each"),

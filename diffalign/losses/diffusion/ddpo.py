@@ -13,8 +13,8 @@ whole round (std + 1e-6, NumPy's) until it has 16 of them. An objective remember
 groups of a prompt in every round `center: mean, scale_rewards: group` is the former on one round; a history comes as
 `Groups.advantage`.
 
-Differences: guidance is used in sampling and in training, and both its branches carry gradient (Flow-GRPO's does not: the
-rollout's business). jannerm/ddpo clips advantages to +-10.
+Differences: guidance is used in sampling and in training, and both its branches carry gradient (Flow-GRPO's unconditional
+one does not: `rollout.negative_gradient`). jannerm/ddpo clips advantages to +-10.
 
 Defaults: c 1e-4, advantages within +-5, no divergence. Not part of the loss: 50 steps, guidance 5, all steps in random
 order, LoRA learning rate 3e-4, gradients clipped to 1.

@@ -17,8 +17,8 @@ False` the code divides by the group's own deviation (`scale_rewards: group`), N
 are left out of the step there and count 0 here.
 
 Defaults: c 1e-4, kl 0.04 (GenEval, OCR; PickScore 0.01, CLIP 0.02, Wan 0.004; Fast and FLUX 0). Not part of the loss:
-SD3.5-M, 24 x 48 images, 10 steps of noise level 0.7, guidance 4.5 whose unconditional branch is detached in training, all
-steps but the last, LoRA learning rate 3e-4.
+SD3.5-M, 24 x 48 images, 10 steps of noise level 0.7, guidance 4.5 whose unconditional branch is detached in training
+(`rollout.negative_gradient`), all steps but the last, LoRA learning rate 3e-4.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffalign.losses.base import Needs, needs
+from diffalign.losses.base import Needs, Sampling, needs
 from diffalign.losses.diffusion._transitions import Clipped, KLForm
 from diffalign.losses.group_objective import UNIT_CAPS
 
@@ -56,3 +56,4 @@ class FlowGRPO(Clipped):
     )
     needs: ClassVar[Needs] = needs("groups", caps=UNIT_CAPS, reference=False, extra=("ref_shift", "dt"))
     parity: ClassVar[str] = "yifan123/flow_grpo scripts/train_sd3.py (formula)"
+    sampling: ClassVar[Sampling] = Sampling(negative_gradient=False)

@@ -20,7 +20,8 @@ Differences: the code's std is one number per step, the mean over the batch. Flo
 the first step's ratios are not exactly 1 unless both come from the same computation.
 
 Defaults: clip 2e-6 is verl-omni's for this form; the official launcher's was not seen (UNVERIFIED). Advantages as
-Flow-GRPO. beta 0: no coefficient was seen.
+Flow-GRPO, and so is guidance, whose unconditional branch is detached in that code's other scripts (UNVERIFIED of this one).
+beta 0: no coefficient was seen.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from diffalign.losses.base import Needs, needs
+from diffalign.losses.base import Needs, Sampling, needs
 from diffalign.losses.diffusion._transitions import Clipped, KLForm, per_step
 from diffalign.losses.group_objective import UNIT_CAPS
 from diffalign.losses.layouts import Groups
@@ -64,6 +65,7 @@ class GRPOGuard(Clipped):
     )
     needs: ClassVar[Needs] = needs("groups", caps=UNIT_CAPS, reference=False, old=True, extra=READS)
     parity: ClassVar[str] = "yifan123/flow_grpo scripts/train_sd3_GRPO_Guard.py (formula)"
+    sampling: ClassVar[Sampling] = Sampling(negative_gradient=False)
 
     def reads_extra(self) -> tuple[str, ...]:
         mine = READS if self.reweight else READS[:2]
