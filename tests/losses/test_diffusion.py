@@ -244,6 +244,7 @@ def test_what_they_ask_of_sampled_images():
     assert {name for name, s in asked.items() if not s.shared_start} == {"pso"}
     assert {name for name, s in asked.items() if s.pairing == "dominance"} == {"d3po"}
     assert {name for name, s in asked.items() if s.win_rates} == {"capo"}
+    assert {name for name, s in asked.items() if not s.negative_gradient} == {"flow_grpo", "grpo_guard"}
     assert {name for name, s in asked.items() if s.whole_trajectories} == {"prdp"}
     assert SDPO(base="capo", beta=1.0).sampling.win_rates
     assert not SDPO().sampling.win_rates
@@ -332,6 +333,42 @@ def test_sums_over_a_trajectory_are_no_transitions(cls):
         cls()(whole, Pairs.halves(1))
     single = Scores.steps(torch.zeros(2, 1), torch.zeros(2, 1))
     assert cls()(single, Pairs.halves(1)).loss.item() == pytest.approx(math.log(2))
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [FlowGRPO, DanceGRPO, GRPOGuard, FlowDPPO, PRDP, DiffusionNFT, AWM, DGPO, CRD, GDPO],
+    ids=lambda cls: cls.name,
+)
+def test_a_group_of_equal_rewards_teaches_nothing_at_first(cls):
+    """At policy == reference == sampling policy; advantages of the other group add up to 0, and it teaches something."""
+    objective = cls(beta=2.0) if cls is GDPO else cls()
+    reward = tensor(0.3, 0.3, 0.3, 1.0, 0.0, 0.4)
+    groups = Groups(index=torch.arange(6), group=torch.tensor([4, 4, 4, 1, 1, 1]), reward=reward)
+    g = torch.Generator().manual_seed(3)
+    if cls in STEPS:
+        x = torch.randn(6, 2, generator=g, dtype=torch.float64).requires_grad_()
+        none = torch.zeros(6, 2, dtype=torch.float64)
+        extra = dict.fromkeys(("mean_shift", "ref_shift", "eps_shift"), none) | {
+            "std": none + 0.3,
+            "dt": none + 0.1,
+        }
+        scores = Scores.steps(x, x.detach().clone(), x.detach().clone(), extra=extra)
+    else:
+        x = torch.randn(6, 2, 2, 2, generator=g, dtype=torch.float64).requires_grad_()
+        still, ones = x.detach().clone(), torch.ones(6, dtype=torch.float64)
+        scores = Scores.residuals(x, still, old_residual=still, to_sample=ones, log_snr=0 * ones)
+    (grad,) = torch.autograd.grad(objective(scores, groups).loss, x)
+    size = grad.abs().flatten(1).amax(1)
+    assert size[:3].max() < 1e-12
+    assert size[3:].min() > 1e-9
+    if cls not in (PRDP, GDPO):  # which compare rewards themselves
+        a = objective.advantage(scores, groups)
+        assert a[:3].tolist() == [0.0] * 3
+        assert a[3:].sum().abs() < 1e-9
 
 
 # -- sdpo ------------------------------------------------------------------------------------------------------------

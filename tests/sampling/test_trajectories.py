@@ -220,6 +220,17 @@ def test_kernels_without_noise_are_the_euler_step(kernel):
     torch.testing.assert_close(mean, x + (grid.sigmas[2] - grid.sigmas[1]) * v, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["ddim", "flow_sde", "constant_sde", "cps"])
+def test_at_noise_level_zero_the_image_is_that_of_the_ode(kernel):
+    grid = flow_grid(kernel)
+    x = noise()
+    for number in range(len(grid)):
+        x = x + (grid.sigmas[number + 1] - grid.sigmas[number]) * network(x, grid.times[number].expand(2))
+    torch.testing.assert_close(sample(network, grid, noise(), 0.0).clean, x, rtol=1e-4, atol=1e-5)
+    stochastic = sample(network, grid, noise(), 0.5, lambda step: noise(seed=step))
+    assert not torch.allclose(stochastic.clean, x, atol=1e-2)
+
+
 @pytest.mark.parametrize(("kernel", "eta"), [("flow_sde", 0.7), ("constant_sde", 0.3)])
 @pytest.mark.parametrize("step", [0, 2])
 def test_sde_steps_are_those_of_the_published_code(kernel, eta, step):
