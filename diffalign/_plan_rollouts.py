@@ -10,7 +10,7 @@ from diffalign.data.prompts import load_prompts
 from diffalign.families import DenoisingFamily
 from diffalign.losses.diffusion.walks import Backprop
 from diffalign.measure import NetworkCost, measure_decoder
-from diffalign.sampling.rules import DECODED, detaches_negative, samples_images, sampling_policy
+from diffalign.sampling.rules import DECODED, detaches_negative, recomputes_steps, samples_images, sampling_policy
 from diffalign.summary import images_per_pair
 
 
@@ -50,7 +50,9 @@ def images_per_item(config: RunConfig, family: DenoisingFamily) -> int:
         kept = trained_predictions(config) if not checkpoints_steps(config) else 1
         return kept * branches_of(config, family)
     if samples_images(config) and config.objective.trains_steps:
-        each = 1 if config.objective.rows_from == "steps" else images_per_pair(config.objective)
+        each = 1 if single_images(config) else images_per_pair(config.objective)
+        if config.objective.rows_from == "whole_trajectories" and not checkpoints_steps(config):
+            each = trajectory_steps(config)
         return each * (1 if detaches_negative(config) else branches_of(config, family))
     return 1 if single_images(config) else images_per_pair(config.objective)
 
@@ -59,6 +61,8 @@ def passes_per_item(config: RunConfig, family: DenoisingFamily) -> int:
     """How many times an image is computed, at most with gradient; more than `images_per_item` where not all is kept."""
     if isinstance(config.objective, Backprop):
         return trained_predictions(config) * branches_of(config, family)
+    if config.objective.rows_from == "whole_trajectories":
+        return trajectory_steps(config) * branches_of(config, family)
     if samples_images(config) and config.objective.trains_steps and detaches_negative(config):
         return images_per_item(config, family) * branches_of(config, family)
     return images_per_item(config, family)
@@ -69,9 +73,16 @@ def trained_predictions(config: RunConfig) -> int:
     return int(config.objective.trained_steps(config.rollout.num_inference_steps))
 
 
+def trajectory_steps(config: RunConfig) -> int:
+    """Steps of a whole trajectory that have a density: as a rule all but the last."""
+    return max(1, config.rollout.num_inference_steps - 1)
+
+
 def checkpoints_steps(config: RunConfig) -> bool:
     """Whether a trained prediction is computed again in the backward pass, as a whole."""
     again = config.rollout.checkpoint_steps
+    if config.objective.rows_from == "whole_trajectories":
+        return recomputes_steps(config)
     return isinstance(config.objective, Backprop) and (trained_predictions(config) > 1 if again is None else again)
 
 
@@ -79,7 +90,8 @@ def single_images(config: RunConfig) -> bool:
     """Whether a batch counts sampled images one by one: groups, items, and chosen images."""
     needs = config.objective.needs
     return samples_images(config) and (
-        config.objective.rows_from in ("data", "steps", "differentiable") and "pairs" not in needs.layout
+        config.objective.rows_from in ("data", "steps", "whole_trajectories", "differentiable")
+        and "pairs" not in needs.layout
     )
 
 
@@ -91,7 +103,7 @@ def group_of(config: RunConfig) -> int:
 
 def unit_of(config: RunConfig) -> str:
     """What a batch counts."""
-    if samples_images(config) and config.objective.trains_steps:
+    if samples_images(config) and config.objective.trains_steps and config.objective.rows_from != "whole_trajectories":
         return "steps" if config.objective.rows_from == "steps" else "pairs of steps"
     return "images" if single_images(config) else "pairs"
 
@@ -123,7 +135,8 @@ def plan_sampling(
     ):  # the last step has no density as a rule
         trained = max(1, steps - 1 - rollout.first_step)
     count = 1 if source in ("generated", "on_policy") else rollout.samples_per_prompt
-    per_prompt = group_of(config) * (trained if config.objective.trains_steps or source == "on_policy" else 1)
+    apart = source == "on_policy" or (config.objective.trains_steps and source != "whole_trajectories")
+    per_prompt = group_of(config) * (trained if apart else 1)
     prompts = effective_batch / per_prompt / rollout.num_iterations
     # Candidates branch off one trajectory: their clean images are predicted once more, at the steps that are trained.
     calls = steps + trained * count if source == "candidates" else steps * count

@@ -84,9 +84,22 @@ UNREAD = (
     ),
     Unread(
         "rollout",
-        ("checkpoint_steps", "decode_batch_size"),
+        ("decode_batch_size",),
         _no_source("differentiable"),
         "only objectives that follow a reward's gradient through the sampler read it, such as draft",
+    ),
+    Unread(
+        "rollout",
+        ("checkpoint_steps",),
+        _no_source("differentiable", "whole_trajectories"),
+        "only objectives that follow a reward's gradient through the sampler read it, such as draft, and those on whole "
+        "trajectories, such as prdp",
+    ),
+    Unread(
+        "rollout",
+        ("steps_per_sample", "first_step"),
+        _source("whole_trajectories"),
+        "objective {objective!r} compares whole trajectories and trains all of their steps",
     ),
     Unread(
         "rollout",
@@ -154,7 +167,7 @@ UNREAD = (
     Unread(
         "rollout",
         ("shared_start",),
-        _no_source("trajectories", "steps"),
+        _no_source("trajectories", "steps", "whole_trajectories"),
         "only objectives that compare whole trajectories read it, such as d3po",
     ),
     Unread(
@@ -222,7 +235,11 @@ def check_round(config: RunConfig) -> None:
         except ValueError as error:
             raise ConfigError(f"objective.{error} (rollout.num_inference_steps)") from error
     together = "groups" in needs.layout or (needs.labels != (1,) and "pairs" not in needs.layout)
-    if objective.rows_from in ("data", "steps") and together and size % rollout.samples_per_prompt:
+    if (
+        objective.rows_from in ("data", "steps", "whole_trajectories")
+        and together
+        and size % rollout.samples_per_prompt
+    ):
         raise ConfigError(
             f"training.train_batch_size: got {size}; the images of a group stay together: expected a multiple of "
             f"rollout.samples_per_prompt {rollout.samples_per_prompt}"

@@ -244,8 +244,9 @@ class RolloutConfig:
         select: which image of a group an objective on chosen images learns from: "best", or "bradley_terry": drawn in
             proportion to exp(reward / select_temperature), as people would choose (arXiv 2407.09499).
         select_temperature: of "bradley_terry".
-        checkpoint_steps: reward back-propagation: of trained sampler steps only the latents are kept, and the network is
-            called again in the backward pass: memory of one step, one forward more. null: where several steps are trained.
+        checkpoint_steps: reward back-propagation and whole trajectories (PRDP): of trained sampler steps only the latents
+            are kept, and the network is called again in the backward pass: memory of one step, one forward more. null:
+            where several steps are trained.
         decode_batch_size: reward back-propagation: images that are decoded and scored with gradient at a time.
     """
 

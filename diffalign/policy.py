@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffalign.adapters import adapters_off
 from diffalign.config import DenoisingConfig
@@ -318,6 +319,28 @@ class Policy:
         if objective.needs.patch_weight:
             scores = replace(scores, patch_weight=rows.patch_weight)
         return scores, layout
+
+
+def recomputed(policy: Policy, call: Callable[[], Tensor]) -> Tensor:
+    """`call()` without its graph, which is made again, uncounted, when a gradient reaches it.
+
+    Args:
+        policy: counts forwards.
+        call: the adapter's weights must be the same in the backward pass; draws of dropout are repeated.
+    """
+    second = lambda: (nullcontext(), uncounted(policy))  # noqa: E731
+    output: Tensor = checkpoint(call, use_reentrant=False, context_fn=second)  # type: ignore[no-untyped-call]
+    return output
+
+
+@contextmanager
+def uncounted(policy: Policy) -> Iterator[None]:
+    """Inside, forwards do not count."""
+    before = policy.forwards
+    try:
+        yield
+    finally:
+        policy.forwards = before
 
 
 @contextmanager

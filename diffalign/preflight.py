@@ -101,11 +101,6 @@ def check_objective(config: RunConfig, family: type[Family]) -> None:
             + ("; sample groups: set rollout.rewards and rollout.prompts" if "groups" in wanted else "")
             + ". See `diffalign list objectives`"
         )
-    if objective.sampling.whole_trajectories:
-        raise ConfigError(
-            f"objective {objective.name!r} reads trajectories with all their steps; runs hand out single steps, so it works "
-            f"as a library only; {objective.instead}"
-        )
     if objective.rows_from == "data" and "groups" not in objective.needs.layout:
         _rehearse(objective, _facts(config))
     check_errors(config)

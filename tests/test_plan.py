@@ -290,6 +290,7 @@ def sampled(name: str, *, online: bool = True, **rollout: Any) -> RunConfig:
         (sampled("sft"), 32, 128, 1280, "images"),
         (sampled("d3po", steps_per_sample=4), 8, 32, 320, "pairs of steps"),
         (sampled("d3po"), 32 / 9, 128 / 9, 1280 / 9, "pairs of steps"),  # the last of 10 steps has no density
+        (sampled("prdp"), 8, 32, 320, "images"),  # all steps of a trajectory are one row
         (sampled("spo", first_step=1), 4, 4 * 8 * 4, 4 * (10 + 8 * 4), "pairs of steps"),
         (sampled("seppo", online=False), 32, 32, 320, "pairs"),
         (sampled("dro", online=False, steps_per_sample=4), 8, 8, 80, "pairs"),
@@ -333,6 +334,9 @@ def test_transitions_are_scored_with_the_samplers_guidance_and_groups_image_by_i
     assert guided.setting.memory.activations == 2 * plain.setting.memory.activations
     detached = make_plan(sampled("d3po", guidance_scale=5.0, negative_gradient=False))
     assert detached.setting.memory.activations == plain.setting.memory.activations
+    one, whole = (make_plan(sampled("prdp", checkpoint_steps=again)) for again in (True, False))
+    assert whole.setting.memory.activations == 9 * one.setting.memory.activations  # of 10 steps the last has no density
+    assert one.flops_per_pair == whole.flops_per_pair + 9 * one.network.policy_forward_flops
     pairs, images = make_plan(sampled("dpo")), make_plan(sampled("gdpo"))
     assert pairs.flops_per_pair == 2 * images.flops_per_pair
     assert make_plan(sampled("dpo", guidance_scale=5.0)).flops_per_pair == pairs.flops_per_pair

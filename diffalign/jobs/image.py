@@ -28,7 +28,7 @@ from diffalign.references import Lagged, Reference
 from diffalign.sampling import Sampler
 from diffalign.sampling.backprop import PromptBatch, RewardPaths
 from diffalign.sampling.batches import Conditions
-from diffalign.sampling.entries import StepBatch
+from diffalign.sampling.entries import StepBatch, TrajectoryBatch
 from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
 from diffalign.sampling.rules import has_lagged, kind_of, noise_of, samples_images
 from diffalign.summary import objective_summary
@@ -133,7 +133,7 @@ class ImageJob(Job):
             self.watching = Watch(evaluation, self.sampler, self.accelerator.device, self.run_dir)
         self.estimator = self.objective.estimator()
         self.rollouts = self._rollouts() if self.online else None
-        self.own_gradients = isinstance(self.rollouts, RewardPaths)
+        self.own_gradients = self.objective.rows_from in ("differentiable", "whole_trajectories")
         self.outputs = Outputs(
             self.config, self.run_dir, self.family, self.sampler, summary=self.summary(), latent_elements=self.elements
         )
@@ -176,7 +176,7 @@ class ImageJob(Job):
         if isinstance(batch, PromptBatch):
             assert isinstance(self.rollouts, RewardPaths), "it made the batch"
             scores, layout = self.rollouts.scores(batch)
-        elif isinstance(batch, StepBatch):
+        elif isinstance(batch, (StepBatch, TrajectoryBatch)):
             assert isinstance(self.rollouts, ImageRollouts), "it made the batch"
             scores, layout = self.rollouts.scores(batch)
         else:
@@ -191,7 +191,7 @@ class ImageJob(Job):
         return out
 
     def record(self, metrics: StepMetrics, batch: AnyBatch | PromptBatch, out: LossOut) -> None:
-        if isinstance(batch, PromptBatch):
+        if isinstance(batch, (PromptBatch, TrajectoryBatch)):  # no row has one timestep
             metrics.add(out)
             return
         if isinstance(batch, StepBatch):

@@ -20,7 +20,9 @@ from torch import Tensor
 from diffalign.losses.layouts import Groups, Items, Layout, Lists, Pairs
 from diffalign.losses.scores import CAPABILITIES, Cap, Kind, Scores
 
-Source: TypeAlias = Literal["data", "generated", "on_policy", "trajectories", "candidates", "steps", "differentiable"]
+Source: TypeAlias = Literal[
+    "data", "generated", "on_policy", "trajectories", "candidates", "steps", "whole_trajectories", "differentiable"
+]
 AnyLayout: TypeAlias = Layout | Pairs | Items | Groups | Lists
 # (log-softmax of the policy (..., V), labels (...), log-softmax of the reference or None) -> statistic (...)
 TokenStatistic: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -140,7 +142,6 @@ class Sampling:
         shared_start: the trajectories of a prompt start from the same noise.
         pairing: how two images make a pair where there are several rewards; see `rollout.pairing`.
         win_rates: rewards are read as win rates among the samples of a prompt.
-        whole_trajectories: a row is a trajectory with all its steps; runs hand out single transitions.
         negative_gradient: whether gradient flows through the unconditional branch of guided log-densities.
     """
 
@@ -149,7 +150,6 @@ class Sampling:
     shared_start: bool = True
     pairing: Literal["sum", "dominance"] = "sum"
     win_rates: bool = False
-    whole_trajectories: bool = False
     negative_gradient: bool = True
 
 
@@ -219,7 +219,8 @@ class Objective(ABC):
             "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
             prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
             latents drawn from one latent. "steps": transitions of all samples of a prompt, with the log-densities under the
-            policy that sampled them. "differentiable": images that are sampled with gradient, see `diffusion.walks`.
+            policy that sampled them. "whole_trajectories": all samples of a prompt, one row each with all its steps as
+            units. "differentiable": images that are sampled with gradient, see `diffusion.walks`.
         sampling: what it asks of images that are sampled for it.
     """
 
@@ -282,8 +283,8 @@ class Objective(ABC):
 
     @property
     def trains_steps(self) -> bool:
-        """Whether an image run gives it transitions of a sampler instead of images."""
-        return self.rows_from in ("trajectories", "candidates", "steps")
+        """Whether an image run gives it transitions of a sampler, single or all of a trajectory, instead of images."""
+        return self.rows_from in ("trajectories", "candidates", "steps", "whole_trajectories")
 
     def reads_reference(self) -> bool:
         """Whether these settings read the reference; may be more or less than `needs.reference`."""

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from diffalign import rewards
 from diffalign.config import RunConfig
@@ -32,7 +30,7 @@ from diffalign.data.loader import BatchPlan
 from diffalign.families import DECODER, DenoisingFamily
 from diffalign.losses import Items, Layout, Scores
 from diffalign.losses.diffusion.walks import PROMPT, Backprop, Chain, End, Level
-from diffalign.policy import Policy, guided, without_dropout
+from diffalign.policy import Policy, guided, recomputed, without_dropout
 from diffalign.prediction import append_dims, convert
 from diffalign.sampling.batches import Conditions
 from diffalign.sampling.rules import noise_level
@@ -263,9 +261,7 @@ class SamplerChain(Chain):
                 return call(x.detach())
         if not self.paths.checkpointed:
             return call(x)
-        second = lambda: (nullcontext(), uncounted(policy))  # noqa: E731
-        output: Tensor = checkpoint(call, x, use_reentrant=False, context_fn=second)  # type: ignore[no-untyped-call]
-        return output
+        return recomputed(policy, lambda: call(x))
 
     def advance(self, x: Tensor, output: Tensor, step: int) -> Tensor:
         deviation = torch.full((len(x),), self.grid.deviation(step, self.paths.eta), device=x.device)
@@ -291,13 +287,3 @@ class SamplerChain(Chain):
 
     def noise(self, name: str) -> Tensor:
         return self.paths.noise(self.batch.ids, self.batch.visits, name).to(self.start.device)
-
-
-@contextmanager
-def uncounted(policy: Policy) -> Iterator[None]:
-    """Inside, forwards do not count."""
-    before = policy.forwards
-    try:
-        yield
-    finally:
-        policy.forwards = before

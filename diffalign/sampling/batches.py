@@ -14,12 +14,22 @@ from diffalign.data.batch import PairBatch, PairExample, RowBatch, Rows, collate
 from diffalign.data.loader import PairMicroBatches, draw
 from diffalign.families import Conditioning, DenoisingFamily
 from diffalign.losses import Groups, Items, Layout, Objective, Pairs
-from diffalign.sampling.entries import Entry, SampledLoser, SampledPair, SampledRows, StepBatch, StepRows, Transition
+from diffalign.sampling.entries import (
+    Entry,
+    SampledLoser,
+    SampledPair,
+    SampledRows,
+    StepBatch,
+    StepRows,
+    TrajectoryBatch,
+    TrajectoryRows,
+    Transition,
+)
 from diffalign.sampling.rules import noise_of
 from diffalign.sampling.trajectories import Grid
 from diffalign.schedules import generator_for
 
-AnyBatch: TypeAlias = PairBatch | RowBatch | StepBatch
+AnyBatch: TypeAlias = PairBatch | RowBatch | StepBatch | TrajectoryBatch
 
 
 class Conditions:
@@ -90,6 +100,8 @@ class Batches:
             return self._step_batch([e for e in entries if isinstance(e, Transition)])
         if isinstance(first, StepRows):
             return self._group_steps([e for e in entries if isinstance(e, StepRows)])
+        if isinstance(first, TrajectoryRows):
+            return self._trajectories([e for e in entries if isinstance(e, TrajectoryRows)])
         if isinstance(first, SampledRows):
             return self._row_batch([e for e in entries if isinstance(e, SampledRows)], number, iteration)
         examples = []
@@ -232,4 +244,23 @@ class Batches:
             layout=Layout(groups=groups),
             old=torch.cat([e.old for e in entries]),
             mean=None if entries[0].mean is None else torch.cat([e.mean for e in entries if e.mean is not None]),
+        )
+
+    def _trajectories(self, entries: list[TrajectoryRows]) -> TrajectoryBatch:
+        """Whole trajectories of several prompts; their groups are numbered."""
+        sizes = torch.tensor([len(e.old) for e in entries])
+        count = int(sizes.sum())
+        groups = Groups(
+            index=torch.arange(count),
+            group=torch.arange(len(entries)).repeat_interleave(sizes),
+            reward=torch.cat([e.rewards for e in entries]),
+        )
+        return TrajectoryBatch(
+            ids=tuple(f"{e.id}/{k}" for e in entries for k in range(len(e.old))),
+            latents=torch.cat([e.latents for e in entries]),
+            steps=torch.tensor(entries[0].steps),
+            old=torch.cat([e.old for e in entries]),
+            conditioning=self.conditions.of([e.prompt for e in entries for _ in e.old]),
+            negative={name: v.clone() for name, v in self.conditions.without(count).items()},
+            layout=Layout(groups=groups),
         )

@@ -162,8 +162,31 @@ class StepRows:
     advantage: Tensor | None = None
 
 
-Entry: TypeAlias = SampledPair | SampledRows | SampledLoser | Transition | StepRows
-CLASSES: dict[str, Any] = {c.__name__: c for c in (SampledPair, SampledRows, SampledLoser, Transition, StepRows)}
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryRows:
+    """All samples of a prompt with all of their steps.
+
+    Attributes:
+        id: of the group.
+        prompt: its number.
+        latents: at every level of the grid, (K, L, ...).
+        steps: numbers of the S steps that have a density.
+        old: their log-densities under the policy that sampled, (K, S).
+        rewards: (K, R).
+    """
+
+    id: str
+    prompt: int
+    latents: Tensor
+    steps: list[int]
+    old: Tensor
+    rewards: Tensor
+
+
+Entry: TypeAlias = SampledPair | SampledRows | SampledLoser | Transition | StepRows | TrajectoryRows
+CLASSES: dict[str, Any] = {
+    c.__name__: c for c in (SampledPair, SampledRows, SampledLoser, Transition, StepRows, TrajectoryRows)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,3 +221,32 @@ class StepBatch(Batch):
     @property
     def weight(self) -> Tensor | float:
         return 1.0 if self.layout.pairs is None else self.layout.pairs.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryBatch(Batch):
+    """N whole trajectories, those of a prompt together.
+
+    Attributes:
+        ids: of the trajectories.
+        latents: at every level of the grid, (N, L, C, ..., h, w).
+        steps: numbers of the S steps that have a density, int64 (S,).
+        old: log-densities of these under the policy that sampled, (N, S).
+        conditioning, negative: with and without the prompt, batch N.
+        layout: groups.
+    """
+
+    ids: tuple[str, ...]
+    latents: Tensor
+    steps: Tensor
+    old: Tensor
+    conditioning: dict[str, Tensor]
+    negative: dict[str, Tensor]
+    layout: Layout
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def weight(self) -> float:
+        return 1.0

@@ -17,6 +17,7 @@ What a round holds follows from the objective's `source` and layout:
 | trajectories | stored transitions of the best and the worst of K trajectories |
 | candidates | at every step the best and the worst of K next latents from the same latent |
 | steps | transitions of all K trajectories, with their log-densities when they were sampled |
+| whole_trajectories | all K trajectories with all their steps, and their log-densities when they were sampled |
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ from diffalign.families import DECODER, Conditioning, DenoisingFamily
 from diffalign.losses import Groups, Layout, Objective, Scores
 from diffalign.losses.diffusion.capo import calibrated_rewards, frontiers
 from diffalign.losses.scores import mean_square
-from diffalign.policy import Policy, guided, without_dropout
+from diffalign.policy import Policy, guided
 from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
 from diffalign.sampling import sampling_mode
 from diffalign.sampling.batches import AnyBatch, Batches, Conditions
+from diffalign.sampling.densities import Densities, StepOutput
 from diffalign.sampling.entries import (
     CLASSES,
     Entry,
@@ -56,12 +58,13 @@ from diffalign.sampling.entries import (
     SampledRows,
     StepBatch,
     StepRows,
+    TrajectoryBatch,
+    TrajectoryRows,
     Transition,
 )
 from diffalign.sampling.rules import (
     DECODED,
     candidate_steps,
-    detaches_negative,
     noise_level,
     round_size,
     sampling_policy,
@@ -122,6 +125,7 @@ class ImageRollouts:
             winners=winners,
             kept=kept,
         )
+        self.densities = Densities(config, policy, self.grid, self.eta)
         self.size = round_size(config, self.grid, self.eta, accelerator.num_processes)
         total = len(self.kept) if self.from_data else len(prompts)
         self.plan = BatchPlan(range(total), [(0, 0)] * total, self.size.prompts, config.seed)
@@ -233,6 +237,8 @@ class ImageRollouts:
             return [self._transitions(one, number) for one in made]
         if source == "steps":
             return [self._steps(one, number) for one in made]
+        if source == "whole_trajectories":
+            return [[self._trajectories(one)] for one in made]
         if "pairs" in needs.layout:
             return [[self._pair(one, number)] for one in made]
         if "groups" not in needs.layout and needs.labels == (1,):
@@ -291,7 +297,7 @@ class ImageRollouts:
             self.objective.sampling.shared_start if self.rollout.shared_start is None else self.rollout.shared_start
         )
         source = self.objective.rows_from
-        shared = shared and source in ("trajectories", "steps")
+        shared = shared and source in ("trajectories", "steps", "whole_trajectories")
         windows = [set(self._window(name, number)) for name in names] if self.rollout.window else []
         rows = [(i, k) for i in range(len(chosen)) for k in range(count)]
         parts: list[Trajectory] = []
@@ -308,8 +314,8 @@ class ImageRollouts:
                     lambda step, part=part: torch.stack(  # type: ignore[misc]
                         [self._noise(f"{names[i]}/{k}/{step}", number) for i, k in part]
                     ),
-                    keep=source in ("trajectories", "on_policy", "steps"),
-                    outputs=source in ("on_policy", "steps"),
+                    keep=source in ("trajectories", "on_policy", "steps", "whole_trajectories"),
+                    outputs=source in ("on_policy", "steps", "whole_trajectories"),
                     stochastic=None
                     if not windows
                     else lambda step, part=part: torch.tensor([step in windows[i] for i, _ in part]),  # type: ignore[misc]
@@ -438,11 +444,7 @@ class ImageRollouts:
         """Transitions of all samples of a prompt, with what the policy that sampled says of them."""
         latents, found = one.trajectory.latents, list[Entry]()
         for step in self._window(one.id, number) if self.rollout.window else self._some(one.id, number):
-            count = len(one.reward)
-            deviation = torch.full((count,), self.grid.deviation(step, self.eta))
-            mean = next_mean(
-                self.grid, torch.full((count,), step), latents[step], one.trajectory.outputs[step], deviation
-            )
+            mean, old = self._as_sampled(one, step)
             found.append(
                 StepRows(
                     id=f"{one.id}/{step}",
@@ -451,11 +453,30 @@ class ImageRollouts:
                     x=latents[step].clone(),
                     x_next=latents[step + 1].clone(),
                     mean=mean if "mean_shift" in self.objective.needs.extra else None,
-                    old=log_density(latents[step + 1], mean, deviation, self.grid.kernel),
+                    old=old,
                     rewards=one.rewards,
                 )
             )
         return found
+
+    def _trajectories(self, one: Sampled) -> TrajectoryRows:
+        """All trajectories of a prompt, with what the policy that sampled says of all of their steps."""
+        steps = self.grid.random_steps(self.eta)
+        return TrajectoryRows(
+            id=one.id,
+            prompt=one.prompt,
+            latents=torch.stack(one.trajectory.latents, 1),
+            steps=steps,
+            old=torch.stack([self._as_sampled(one, step)[1] for step in steps], 1),
+            rewards=one.rewards,
+        )
+
+    def _as_sampled(self, one: Sampled, step: int) -> tuple[Tensor, Tensor]:
+        """Mean of a step of all samples of a prompt, (K, ...), and their log-densities, (K,), when they were sampled."""
+        latents, count = one.trajectory.latents, len(one.reward)
+        deviation = torch.full((count,), self.grid.deviation(step, self.eta))
+        mean = next_mean(self.grid, torch.full((count,), step), latents[step], one.trajectory.outputs[step], deviation)
+        return mean, log_density(latents[step + 1], mean, deviation, self.grid.kernel)
 
     def _some(self, name: str, number: int) -> list[int]:
         """`steps_per_sample` of the steps that have a density, drawn at random."""
@@ -533,43 +554,26 @@ class ImageRollouts:
             found.append(convert(output, part, alpha, sigma, self.grid.prediction_type, "sample"))
         return torch.cat(found)
 
-    def scores(self, batch: StepBatch) -> tuple[Scores, Layout]:
+    def scores(self, batch: StepBatch | TrajectoryBatch) -> tuple[Scores, Layout]:
         """Mean log-densities of stored transitions under policy and reference, and the pairs or groups.
 
         The reference goes first: adapters must not be switched between the policy's forward and its backward.
         """
-        policy, scale = self.policy, self.rollout.guidance_scale
-        deviation = torch.tensor([self.grid.deviation(k, self.eta) for k in batch.step.tolist()], device=batch.x.device)
-        times = self.grid.times.to(batch.x.device)[batch.step]
+        if isinstance(batch, TrajectoryBatch):
+            return self.densities.trajectories(batch), batch.layout
+        policy, densities = self.policy, self.densities
 
-        def step(network: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-            """Prediction, mean and log-density of the next latents."""
-            output = guided(
-                policy,
-                network,
-                batch.x,
-                times,
-                batch.conditioning,
-                batch.negative,
-                scale,
-                detach_negative=detaches_negative(self.config),
-            )
-            mean = next_mean(self.grid, batch.step, batch.x, output, deviation)
-            return output, mean, log_density(batch.x_next, mean, deviation, self.grid.kernel)
+        def steps(network: torch.nn.Module) -> StepOutput:
+            return densities.of(network, batch.x, batch.x_next, batch.step, batch.conditioning, batch.negative)
 
-        ref, there = None, None
-        if self.objective.reads_reference():
-            assert policy.reference is not None, "a run has a reference"
-            ((_, weights),) = policy.reference.parts()
-            with torch.no_grad(), without_dropout(policy.bare), policy.reference.active(weights):
-                there = step(policy.bare)
-                ref = there[2]
-        here = step(policy.network)
-        theta = here[2]
+        there = densities.reference(steps) if self.objective.reads_reference() else None
+        ref = None if there is None else there.density
+        here = steps(policy.network)
+        theta = here.density
         if batch.old is None:
             return Scores.steps(theta, ref), batch.layout
         # One unit a row: an objective on units takes every transition as one.
-        extra = self._extra(batch, deviation, here, there)
+        extra = self._extra(batch, densities.deviation(batch.step), here, there)
         ref = None if ref is None else ref[:, None]
         return Scores.steps(theta[:, None], ref, batch.old[:, None], extra=extra), batch.layout
 
@@ -577,8 +581,8 @@ class ImageRollouts:
         self,
         batch: StepBatch,
         deviation: Tensor,
-        here: tuple[Tensor, Tensor, Tensor],
-        there: tuple[Tensor, Tensor, Tensor] | None,
+        here: StepOutput,
+        there: StepOutput | None,
     ) -> dict[str, Tensor]:
         """What policy gradients on steps read beside log-densities, (N,) each; see `losses.diffusion._transitions`."""
         asked, sigmas = self.objective.needs.extra, self.grid.sigmas.to(batch.x.device)
@@ -589,13 +593,13 @@ class ImageRollouts:
             found["dt"] = (sigmas[batch.step + 1] - sigmas[batch.step]).abs()
         if "mean_shift" in asked:
             assert batch.mean is not None, "stored where it is asked for"
-            found["mean_shift"] = mean_square(here[1] - batch.mean) / (2 * deviation.square())
+            found["mean_shift"] = mean_square(here.mean - batch.mean) / (2 * deviation.square())
         if there is not None and "ref_shift" in asked:
-            found["ref_shift"] = mean_square(here[1] - there[1]) / (2 * deviation.square())
+            found["ref_shift"] = mean_square(here.mean - there.mean) / (2 * deviation.square())
         if there is not None and "eps_shift" in asked:
             alpha, sigma = self.grid.alphas.to(batch.x.device)[batch.step], sigmas[batch.step]
             native = self.grid.prediction_type
-            noises = [convert(one[0], batch.x, alpha, sigma, native, "epsilon") for one in (here, there)]
+            noises = [convert(one.output, batch.x, alpha, sigma, native, "epsilon") for one in (here, there)]
             found["eps_shift"] = mean_square(noises[0] - noises[1])
         return found
 

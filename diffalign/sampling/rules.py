@@ -35,6 +35,11 @@ def detaches_negative(config: RunConfig) -> bool:
     return not (config.objective.sampling.negative_gradient if asked is None else asked)
 
 
+def recomputes_steps(config: RunConfig) -> bool:
+    """Whether of the steps of whole trajectories one at a time has a graph, made again in the backward pass."""
+    return config.rollout.checkpoint_steps is not False
+
+
 def has_lagged(config: RunConfig) -> bool:
     """Whether a run keeps a lagged copy of the policy: it samples, or the objective compares with it."""
     objective: Objective = config.objective
@@ -113,13 +118,15 @@ def round_size(config: RunConfig, grid: Grid, eta: float, processes: int) -> Rou
         if rollout.window is not None:
             window_starts(config, grid, eta)
         per_prompt = rollout.window or rollout.steps_per_sample or possible
+        if objective.rows_from == "whole_trajectories":
+            per_prompt = 1
         what = f"{per_prompt} trained steps of a trajectory"
         if not 1 <= per_prompt <= possible:
             raise ConfigError(
                 f"rollout.steps_per_sample: got {per_prompt}; {possible} of {len(grid)} sampler steps have a density "
                 f"(eta {eta})"
             )
-        if objective.rows_from == "steps":
+        if objective.rows_from in ("steps", "whole_trajectories"):
             rows = rollout.samples_per_prompt
     elif objective.rows_from == "on_policy":
         per_prompt, what = rollout.steps_per_sample or 1, "rollout.steps_per_sample"

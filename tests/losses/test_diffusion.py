@@ -227,6 +227,7 @@ def test_where_rows_come_from_and_how_they_are_noised():
         "d3po": ("shared", "forward", "trajectories"),
         "spo": ("shared", "forward", "candidates"),
         "pso": ("shared", "forward", "trajectories"),
+        "prdp": ("shared", "forward", "whole_trajectories"),
         "dro": ("shared", "forward", "on_policy"),
         "subject_rpo": ("independent", "forward", "data"),
         "gdpo": ("independent", "forward", "data"),
@@ -241,11 +242,10 @@ def test_what_they_ask_of_sampled_images():
     asked = {cls.name: cls.sampling for cls in MINE}
     assert {name for name, s in asked.items() if s.policy == "lagged"} == {"diffusion_nft", "crd"}
     assert {name for name, s in asked.items() if s.policy == "reference"} == {"seppo"}
-    assert {name for name, s in asked.items() if not s.shared_start} == {"pso"}
+    assert {name for name, s in asked.items() if not s.shared_start} == {"pso", "prdp"}
     assert {name for name, s in asked.items() if s.pairing == "dominance"} == {"d3po"}
     assert {name for name, s in asked.items() if s.win_rates} == {"capo"}
     assert {name for name, s in asked.items() if not s.negative_gradient} == {"flow_grpo", "grpo_guard"}
-    assert {name for name, s in asked.items() if s.whole_trajectories} == {"prdp"}
     assert SDPO(base="capo", beta=1.0).sampling.win_rates
     assert not SDPO().sampling.win_rates
 

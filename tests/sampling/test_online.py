@@ -20,7 +20,7 @@ from diffalign.hardware import open_family
 from diffalign.jobs.image import ImageJob
 from diffalign.references import Reference
 from diffalign.rounds import plain, rebuilt
-from diffalign.sampling.entries import CLASSES, Sampled, StepRows
+from diffalign.sampling.entries import CLASSES, Sampled, StepRows, TrajectoryBatch
 from diffalign.sampling.rules import has_lagged
 from diffalign.sampling.trajectories import Trajectory, log_density
 
@@ -69,7 +69,10 @@ GUIDED = {"guidance_scale": 2.0}
 BETA = {"beta": 50.0}
 # Log-densities of a sampler's steps are those of guided predictions; errors of images that are noised again are not.
 METHODS = [
-    *(Method(name, True, {}, GUIDED) for name in ("ddpo", "dpok", "dance_grpo", "flow_dppo", "grpo", "d3po", "pso")),
+    *(
+        Method(name, True, {}, GUIDED)
+        for name in ("ddpo", "dpok", "dance_grpo", "flow_dppo", "grpo", "prdp", "d3po", "pso")
+    ),
     Method("spo", True, {}, GUIDED | {"reward_scale": 1e4}),
     *(Method(name, False, {}, GUIDED) for name in ("flow_grpo", "grpo_guard")),
     Method("flow_grpo", True, {"beta": 0.04, "kl_form": "exact"}, GUIDED | {"negative_gradient": True}),
@@ -225,3 +228,106 @@ def test_choices_move_a_distribution_as_enumeration_says(tree: Any, parts: Simpl
         counts[int(job.rollouts._chosen(one, 0).latents)] += 1
     torch.testing.assert_close(counts / 4000, wanted, rtol=0, atol=0.025)
     assert (wanted - p).abs().max() > 0.1
+
+
+# -- whole trajectories ----------------------------------------------------------------------------------------------
+
+
+def adapter_gradient(parts: SimpleNamespace, job: ImageJob, batch: Any) -> list[torch.Tensor]:
+    """Gradient of the mean loss of a batch."""
+    parts.network.zero_grad()
+    job.loss(batch).loss.backward()
+    return [param.grad.clone() for param in parts.params]
+
+
+def trajectories_of(tree: Any, parts: SimpleNamespace, **rollout: Any) -> tuple[ImageJob, TrajectoryBatch]:
+    """A job on whole trajectories whose policy is neither the reference nor the one that sampled, and a batch."""
+    settings = {"beta": 0.1, "epsilon": 1e-4}
+    job, _ = started(parts, tree(Method("prdp", settings=settings, rollout=GUIDED | rollout)))
+    batch = next(iter(job.micro_batches(0)))
+    assert isinstance(batch, TrajectoryBatch)
+    return job, replace(batch, old=batch.old + 1e-3 * torch.arange(batch.old.numel()).view_as(batch.old).sin())
+
+
+def test_gradient_step_by_step_is_that_of_all_steps_at_once(tree: Any, parts: SimpleNamespace) -> None:
+    """d loss / d adapter = sum over steps of (d loss / d l_k) (d l_k / d adapter): recomputed, in one graph, and by hand."""
+    job, batch = trajectories_of(tree, parts)
+    rollouts = job.rollouts
+    assert rollouts.densities.recompute
+    one = adapter_gradient(parts, job, batch)
+    rollouts.densities.recompute = False
+    whole = adapter_gradient(parts, job, batch)
+    scores, layout = rollouts.scores(batch)
+    leaf = scores.units.theta.detach().requires_grad_()
+    units = replace(scores.units, theta=leaf)
+    (factor,) = torch.autograd.grad(job.objective(replace(scores, units=units), layout).loss, leaf)
+    assert 0 < int(factor.ne(0).sum()) < factor.numel(), "some steps are clipped"
+    parts.network.zero_grad()
+    for place in range(len(batch.steps)):
+        single = rollouts.scores(batch)[0].units.theta[:, place]
+        (factor[:, place] * single).sum().backward()
+    by_hand = [param.grad.clone() for param in parts.params]
+    scale = max(float(value.abs().max()) for value in whole)
+    for a, b, c in zip(one, whole, by_hand, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, b, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_one_step_at_a_time_has_a_graph(tree: Any, parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the network is kept by the forward pass, and a step's backward begins before the next is computed again."""
+    job, batch = trajectories_of(tree, parts, num_inference_steps=4)
+    kept: list[int] = []
+    events: list[str] = []
+    predict = parts.family.predict
+
+    def watched(network: Any, x: torch.Tensor, *more: Any) -> torch.Tensor:
+        output = predict(network, x, *more)
+        if output.requires_grad:
+            events.append("forward")
+            output.register_hook(lambda grad: events.append("backward"))
+        return output
+
+    monkeypatch.setattr(parts.family, "predict", watched)
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.numel())
+        return x
+
+    found = {}
+    for again in (True, False):
+        job.rollouts.densities.recompute = again
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            loss = job.loss(batch).loss
+        found[again] = sum(kept)
+        events.clear()
+        loss.backward()
+        assert events == (["forward", "backward"] * 3 if again else ["backward"] * 3)
+    assert found[True] < 0.01 * found[False]
+
+
+def test_fresh_trajectories_miss_the_rewards_difference_and_nothing_else(tree: Any, parts: SimpleNamespace) -> None:
+    """With an untouched adapter log-ratios are exactly 0: the residual of a pair is its reward difference over beta."""
+    job, _ = started(parts, tree(Method("prdp", settings={"beta": 0.1}, rollout=GUIDED)))
+    with torch.no_grad():
+        for param in parts.params:
+            param.zero_()
+    job.policy.reference = Reference(job.config.reference, parts.network, parts.params)
+    batch = next(iter(job.micro_batches(0)))
+    out = job.loss(batch)
+    assert batch.old.shape == (4, 2)  # 3 steps, of which the last has no density
+    assert batch.steps.tolist() == [0, 1]
+    assert out.metrics["log_ratio"].abs().max() == 0
+    torch.testing.assert_close(job.rollouts.scores(batch)[0].units.theta.detach(), batch.old, rtol=1e-4, atol=1e-5)
+    reward = batch.layout.need_groups().reward[:, 0].view(2, 2)
+    gap = (reward[:, 0] - reward[:, 1]) / 0.1
+    torch.testing.assert_close(out.per_item.detach(), gap.square().repeat_interleave(2), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(out.metrics["residual"], gap.abs().repeat_interleave(2), rtol=1e-3, atol=1e-6)
+    assert not torch.equal(batch.latents[0, 0], batch.latents[1, 0]), "every image starts from its own noise"
+
+
+def test_forwards_of_whole_trajectories_are_counted_once(tree: Any, parts: SimpleNamespace) -> None:
+    job, batch = trajectories_of(tree, parts)
+    assert job.policy.forwards == 4 * 3 * 2  # images, steps of the sampler, branches
+    adapter_gradient(parts, job, batch)
+    assert job.policy.forwards == 4 * 3 * 2 + 2 * (4 * 2 * 2)  # policy and reference: images, trained steps, branches

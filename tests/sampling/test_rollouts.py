@@ -284,7 +284,7 @@ def test_a_dropped_prompt_is_dropped_in_the_sample_too(run: Any, seen: list[Any]
     torch.testing.assert_close(out.metrics["error/rejected"], torch.zeros(8), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo", "grpo", "diffusion_nft"])
+@pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo", "grpo", "prdp", "diffusion_nft"])
 def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_path: Path, adapter_of: Any) -> None:
     settings = {"beta": 50.0} if objective in ("dpo", "gdpo") else {}
     rollout = {"steps_per_generation": 4}
@@ -328,7 +328,7 @@ def test_a_round_may_be_cut_otherwise_when_it_is_resumed(run: Any) -> None:
     assert losses_of(part) == pytest.approx(losses_of(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "gdpo", "diffusion_nft", "d3po", "grpo", "spo", "seppo", "dro"])
+@pytest.mark.parametrize("objective", ["dpo", "gdpo", "diffusion_nft", "d3po", "grpo", "prdp", "spo", "seppo", "dro"])
 def test_a_round_is_the_same_on_one_process_and_on_two(
     run: Any, seen: list[Any], monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
@@ -345,16 +345,16 @@ def test_a_round_is_the_same_on_one_process_and_on_two(
             if getattr(b, name, None) is not None:
                 torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-4)
     # micro-batches are dealt in turn
-    size = 6 if objective == "grpo" else 2 if objective in ("gdpo", "diffusion_nft") else 3
+    size = 6 if objective == "grpo" else 2 if objective in ("gdpo", "diffusion_nft", "prdp") else 3
     first, second = processes(job, 2, size, monkeypatch)
     (alone,) = processes(job, 1, 2 * size, monkeypatch)
     half = len(alone) // 2
     assert [e.id for e in first] == [e.id for e in alone[:half]]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "d3po", "spo"])
+@pytest.mark.parametrize("objective", ["dpo", "d3po", "prdp", "spo"])
 def test_cutting_a_step_into_micro_batches_changes_nothing(run: Any, objective: str) -> None:
-    settings = {"beta": 50.0} if objective == "dpo" else {}
+    settings = {"dpo": {"beta": 50.0}, "prdp": {"beta": 0.1}}.get(objective, {})
     rollout = {"reward_scale": 100.0} if objective == "spo" else {}
     whole = run("whole", objective, settings=settings, rollout=rollout)
     training = {"train_batch_size": 2, "gradient_accumulation_steps": 3}
@@ -503,11 +503,6 @@ def test_online_objectives_on_noised_samples_start_at_the_policy_that_sampled(
     assert out.metrics[metric].unique().tolist() == [pytest.approx(at_first, abs=1e-6)]
     ups = [p for name, p in job.policy.bare.named_parameters() if "lora_B" in name]
     assert any(bool(p.any()) for p in ups)  # it has learnt something
-
-
-def test_objectives_on_whole_trajectories_are_refused(run: Any) -> None:
-    with pytest.raises(ConfigError, match="with all their steps"):
-        run("run", "prdp")
 
 
 def test_steps_outside_of_the_window_are_deterministic(run: Any, seen: list[Any]) -> None:
@@ -660,13 +655,19 @@ def test_forwards_are_counted(run: Any) -> None:
         ("grpo", {"kernel": "flow_sde"}, "a step of flow models"),
         ("grpo", {"negative_gradient": False}, "without guidance there is no unconditional branch"),
         ("dpo", {"negative_gradient": False, "guidance_scale": 2.0}, "only objectives on log-densities"),
+        ("prdp", {"eta": 0.0}, "have no density"),
+        ("prdp", {"steps_per_sample": 2}, "trains all of their steps"),
+        ("prdp", {"first_step": 1}, "trains all of their steps"),
+        ("prdp", {"window": 2}, "only policy gradients"),
+        ("prdp", {"samples_per_prompt": 4}, "multiple of rollout.samples_per_prompt 4"),
+        ("d3po", {"checkpoint_steps": True}, "those on whole trajectories, such as prdp"),
         ("dpo", {"samples_per_prompt": 1}, "at least 2"),
         ("gdpo", {"samples_per_prompt": 4}, "multiple of rollout.samples_per_prompt 4"),
         ("d3po", {"reward_weights": [1.0, 2.0]}, "give one each"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(run: Any, objective: str, rollout: dict[str, Any], message: str) -> None:
-    settings = {} if objective in ("d3po", "grpo") else {"beta": 50.0}
+    settings = {} if objective in ("d3po", "grpo", "prdp") else {"beta": 50.0}
     with pytest.raises(ConfigError, match=message):
         run("run", objective, settings=settings, rollout=rollout)
 

@@ -24,8 +24,9 @@ scores that are means over D elements, as everywhere here, use D times the publi
 
 Defaults: b 3e-5, c 1e-6 (small scale: 32 prompts x 16 images, 10 updates, learning rate 1e-5); large scale 3e-6 and 1e-4
 (64 x 8, one update, where the clip does nothing). Not part of the loss: 50 DDPM steps, guidance 5, in both policies'
-scores. All steps of a trajectory enter one loss value, which depends on the policy only through q and q^c: a trainer may
-compute these without graph first and go through the steps one by one after.
+scores; initial noise of its own for every image is ours (the paper does not say). All steps of a trajectory enter one loss
+value, which depends on the policy only through q and q^c: runs compute these without graph first and go through the steps
+one by one after (`diffalign.sampling.densities`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import torch
 from torch import Tensor
 
 from diffalign.losses.advantages import group_ids, group_sums, total_reward
-from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, Sampling, detached, needs
+from diffalign.losses.base import AnyLayout, BetaObjective, LossOut, Needs, Sampling, Source, detached, needs
 from diffalign.losses.diffusion._common import Refusing, one_of, positive
 from diffalign.losses.layouts import Layout
 from diffalign.losses.reduce import masked_mean
@@ -81,7 +82,8 @@ class PRDP(Refusing, BetaObjective):
     }
     instead: ClassVar[str] = "use 'rebel', the same regression without the clip"
     default_beta: ClassVar[Mapping[Kind, float]] = {Kind.STEP: 3e-5}
-    sampling: ClassVar[Sampling] = Sampling(whole_trajectories=True)
+    sampling: ClassVar[Sampling] = Sampling(shared_start=False)
+    source: ClassVar[Source] = "whole_trajectories"
 
     def __post_init__(self) -> None:
         super().__post_init__()
