@@ -149,6 +149,7 @@ class PairBatch(Batch):
         """What goes through the network and its layout.
 
         Chosen and rejected rows for objectives on pairs or on items of both labels; one side where only its label is read.
+        A single reward of every image is the target of its item.
         """
         count, device = len(self), self.t.device
         if "pairs" in needs.layout:
@@ -167,7 +168,10 @@ class PairBatch(Batch):
         label = torch.cat([self.p, 1 - self.p])
         index = torch.arange(2 * count, device=device)
         weight = torch.cat([self.weight, self.weight])
-        return self.stacked(), Layout(items=Items(index=index, label=label, weight=weight))
+        sides = (self.chosen_reward, self.rejected_reward)
+        found = [side[:, 0] for side in sides if side is not None and side.shape[1] == 1]
+        target = torch.cat(found) if len(found) == 2 else None
+        return self.stacked(), Layout(items=Items(index=index, label=label, weight=weight, target=target))
 
     def chosen_rows(self) -> Rows:
         """The chosen images."""

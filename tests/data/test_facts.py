@@ -168,6 +168,7 @@ def test_a_map_is_cropped_as_its_image_was() -> None:
         ("smpo", {"soft_label": "p"}, ()),
         ("capo", {"beta": 1.0}, ("rewards",)),
         ("modpo", {"beta": 1.0}, ("rewards",)),
+        ("rwr", {}, ("rewards",)),
         ("bide_dpo", {"beta": 1.0}, ("aspect",)),
         ("patch_dpo", {}, ("maps",)),
         ("subject_rpo", {}, ()),

@@ -21,7 +21,7 @@ from diffalign.metrics import read_rows
 from diffalign.prediction import add_noise
 from diffalign.references import Lagged
 from diffalign.sampling import rollouts as rollouts_module
-from diffalign.sampling.entries import Sampled, StepBatch
+from diffalign.sampling.entries import Sampled, StepBatch, TrajectoryBatch
 from diffalign.sampling.rollouts import ImageRollouts, Scoring
 from diffalign.sampling.trajectories import Trajectory, log_density
 from diffalign.trainer import train
@@ -503,6 +503,64 @@ def test_online_objectives_on_noised_samples_start_at_the_policy_that_sampled(
     assert out.metrics[metric].unique().tolist() == [pytest.approx(at_first, abs=1e-6)]
     ups = [p for name, p in job.policy.bare.named_parameters() if "lora_B" in name]
     assert any(bool(p.any()) for p in ups)  # it has learnt something
+
+
+@pytest.mark.parametrize(
+    ("objective", "rollout", "steps"),
+    [
+        ("flow_grpo", {"kernel": "flow_sde", "guidance_scale": 2.0, "steps_per_sample": 2}, {0, 1, 2, 3}),
+        ("flow_grpo", {"kernel": "cps", "window": 1, "window_range": [0, 1]}, {0, 1}),  # Flow-GRPO-Fast
+        ("dance_grpo", {"kernel": "constant_sde", "steps_per_sample": 2}, {0, 1, 2, 3}),
+        (
+            "grpo_guard",
+            {"kernel": "flow_sde", "window": 2, "window_range": [0, 1], "window_every": 25},
+            {0, 1},
+        ),  # MixGRPO
+        ("prdp", {"kernel": "flow_sde"}, {0, 1, 2, 3}),
+    ],
+)
+def test_flow_models_train_the_steps_of_their_own_kernels(
+    run: Any, seen: list[Any], objective: str, rollout: dict[str, Any], steps: set[int]
+) -> None:
+    model = {"family": "sd3", "pretrained": "tiny-sd3"}
+    run("run", objective, model=model, rollout=rollout, training={"train_batch_size": 4})
+    job, batch, out = seen[0]
+    whole = isinstance(batch, TrajectoryBatch)
+    assert set((batch.steps if whole else batch.step).tolist()) <= steps
+    assert job.rollouts.grid.kernel == rollout["kernel"]
+    at_first = out.metrics["log_ratio"] if whole else out.metrics["ratio"] - 1
+    torch.testing.assert_close(at_first, torch.zeros_like(at_first), rtol=0, atol=1e-5)
+    assert all(
+        bool(p.any()) for name, p in job.policy.bare.named_parameters() if "lora_B" in name and "attn.to_q" in name
+    )
+
+
+def test_rewards_weigh_the_images_that_are_imitated(run: Any, seen: list[Any]) -> None:
+    """Reward-weighted regression weighs all of them; RAFT takes the best of every prompt."""
+    run("rwr", "rwr", settings={"beta": 0.1})
+    _, batch, out = seen[0]
+    items = batch.layout.need_items()
+    torch.testing.assert_close(out.metrics["weight"], (items.target / 0.1).exp())
+    torch.testing.assert_close(out.per_item.detach(), out.metrics["weight"] * out.metrics["error/chosen"])
+    seen.clear()
+    run("raft", "raft")
+    _, batch, out = seen[0]
+    reward = batch.layout.need_groups().reward[:, 0].view(3, 2)
+    assert out.per_item.shape == (3,)
+    assert out.metrics["accepted"].view(3, 2).argmax(1).tolist() == reward.argmax(1).tolist()
+
+
+def test_diversity_rewarded_distillation_is_a_guided_reference_and_a_reward(
+    run: Any, seen: list[Any], bright: str
+) -> None:
+    """Diversity-rewarded distillation of guidance (arXiv 2410.06084) from the parts of others."""
+    rollout = {"rewards": [bright, "diversity:tiny-clip"], "reward_weights": [1.0, 0.5]}
+    run("run", "diffusion_nft", settings={"beta": 1.0}, reference={"guidance_scale": 3.0}, rollout=rollout)
+    _, batch, out = seen[0]
+    reward = batch.layout.need_groups().reward
+    torch.testing.assert_close(reward[0::2, 1], reward[1::2, 1])  # of two images each is as far from the other
+    assert (reward[:, 1] > 0).all()
+    assert (out.metrics["kl"] > 0).all(), "the guided base is not the policy"
 
 
 def test_steps_outside_of_the_window_are_deterministic(run: Any, seen: list[Any]) -> None:
