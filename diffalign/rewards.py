@@ -105,6 +105,11 @@ class Reward(RewardModel):
     clips: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
 
+    @classmethod
+    def groups(cls, argument: str | None) -> bool:
+        """Whether it is `grouped` with this argument, as far as that can be told before it is loaded."""
+        return cls.grouped
+
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
         """Score pictures.
@@ -248,6 +253,30 @@ def check_images(name: str) -> None:
     cls, _ = find(name)
     if not issubclass(cls, Reward):
         raise ConfigError(f"reward {name!r} judges texts, one that judges pictures is needed; choose another")
+
+
+def groups(name: str) -> bool:
+    """Whether the scores of a reward of pictures depend on the others of their prompt, as far as that is known unloaded."""
+    cls, argument = find(name)
+    return issubclass(cls, Reward) and cls.groups(argument)
+
+
+def refuse_groups(name: str, grouped: bool, what: str) -> None:
+    """Refuse a reward that compares the pictures of a prompt, where they do not come together.
+
+    Args:
+        name: of the reward.
+        grouped: of `groups(name)`, or of the loaded reward.
+        what: the command that scores pictures as they come.
+
+    Raises:
+        ConfigError: it is grouped.
+    """
+    if grouped:
+        raise ConfigError(
+            f"{what}: reward {name!r} compares the pictures of a prompt, and {what} scores them as they come; take it in "
+            "rollout.rewards or evaluation.rewards, where a prompt's pictures stay together"
+        )
 
 
 def check_text(name: str) -> None:

@@ -35,6 +35,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffalign import rewards
+from diffalign._preflight_images import check_group
 from diffalign.config import RunConfig
 from diffalign.data.batch import mapped
 from diffalign.data.loader import BatchPlan, PairMicroBatches
@@ -99,6 +100,8 @@ class ImageRollouts:
         self.latent_shape, self.winners, self.kept = latent_shape, winners, list(kept)
         self.objective: Objective = config.objective
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
+        for name, model in zip(self.rollout.rewards, self.models, strict=True):
+            check_group(config, name, model.grouped)
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
         self.pairing = config.rollout.pairing or self.objective.sampling.pairing
         self.eta = noise_level(config)
