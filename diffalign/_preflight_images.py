@@ -84,6 +84,18 @@ UNREAD = (
     ),
     Unread(
         "rollout",
+        ("offload_rewards",),
+        _source("differentiable"),
+        "objective {objective!r} follows a reward's gradient in every step, so that its networks are never idle",
+    ),
+    Unread(
+        "rollout",
+        ("offload_rewards",),
+        lambda config: not config.rollout.rewards,
+        "it moves the networks of rollout.rewards, and there are none",
+    ),
+    Unread(
+        "rollout",
         ("checkpoint_steps", "decode_batch_size"),
         _no_source("differentiable"),
         "only objectives that follow a reward's gradient through the sampler read it, such as draft",

@@ -245,6 +245,8 @@ class RolloutConfig:
         checkpoint_steps: reward back-propagation: of trained sampler steps only the latents are kept, and the network is
             called again in the backward pass: memory of one step, one forward more. null: where several steps are trained.
         decode_batch_size: reward back-propagation: images that are decoded and scored with gradient at a time.
+        offload_rewards: networks of rewards are in the CPU's memory while the policy trains, and on their device while a
+            round is sampled and scored. Rewards on a server have none.
     """
 
     samples_per_prompt: int = 8
@@ -273,6 +275,7 @@ class RolloutConfig:
     select_temperature: float = 0.2
     checkpoint_steps: bool | None = None
     decode_batch_size: int = 4
+    offload_rewards: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps_per_generation", "num_iterations", "num_inference_steps", "decode_batch_size"):
