@@ -217,7 +217,9 @@ def test_pairs_about_a_criterion_train_it_and_the_others_the_gated_score(tmp_pat
         of = judged.overall if aspect < 0 else judged.scores[:, aspect]
         z, p = float(of[i] - of[i + count]), float(batch.p[i])
         wanted = p * math.log1p(math.exp(-z)) + (1 - p) * math.log1p(math.exp(z))
-        assert float(out.per_item[i].detach()) == pytest.approx((1.0 if aspect < 0 else 0.25) * wanted, rel=1e-3, abs=1e-5)
+        assert float(out.per_item[i].detach()) == pytest.approx(
+            (1.0 if aspect < 0 else 0.25) * wanted, rel=1e-3, abs=1e-5
+        )
     found = [result["held_out_accuracy_overall"], *result["held_out_accuracy_by_aspect"]]
     assert all(rate is None or 0 <= rate <= 1 for rate in found)
     assert found[0] is not None
