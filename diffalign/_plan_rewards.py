@@ -80,7 +80,9 @@ def plan_reward(
     preflight.check(config)
     training, judge = config.training, config.judge
     towers = clip_config(config.model)
-    settings = JudgeSettings(head=judge.head or "cosine", outputs=judge.outputs)
+    settings = JudgeSettings(
+        head=judge.head or "cosine", outputs=judge.outputs, criteria=judge.criteria, gate_width=judge.gate_width
+    )
     with torch.device("meta"):
         network = JudgeCLIP(towers, settings)
     counted = {

@@ -84,6 +84,18 @@ UNREAD = (
     ),
     Unread(
         "rollout",
+        ("offload_rewards",),
+        _source("differentiable"),
+        "objective {objective!r} follows a reward's gradient in every step, so that its networks are never idle",
+    ),
+    Unread(
+        "rollout",
+        ("offload_rewards",),
+        lambda config: not config.rollout.rewards,
+        "it moves the networks of rollout.rewards, and there are none",
+    ),
+    Unread(
+        "rollout",
         ("decode_batch_size",),
         _no_source("differentiable"),
         "only objectives that follow a reward's gradient through the sampler read it, such as draft",
@@ -260,13 +272,19 @@ def check_groups(config: RunConfig) -> None:
         ConfigError: naming the reward.
     """
     from diffalign import rewards
-    from diffalign.rewards import Reward
 
-    count, batch = config.rollout.samples_per_prompt, config.sampling.batch_size
     for name in config.rollout.rewards:
-        cls, _ = rewards.find(name)
-        if not (issubclass(cls, Reward) and cls.grouped):
-            continue
+        check_group(config, name, rewards.groups(name))
+
+
+def check_group(config: RunConfig, name: str, grouped: bool) -> None:
+    """The same of one reward; whether a server's is `grouped` is known when it is asked.
+
+    Raises:
+        ConfigError: naming the reward.
+    """
+    count, batch = config.rollout.samples_per_prompt, config.sampling.batch_size
+    if grouped:
         if config.objective.rows_from in ("candidates", "differentiable"):
             raise ConfigError(
                 f"rollout.rewards: {name!r} compares the images of a prompt, and objective {config.objective.name!r} scores "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from diffalign.config import LoraConfig, RunConfig
+from diffalign.config import JudgeConfig, LoraConfig, RunConfig
 from diffalign.data.facts import ASPECT
 from diffalign.errors import ConfigError, DataError
 from diffalign.losses.judging import BradleyTerryTies, GeneralPreference
@@ -105,7 +105,10 @@ def _check_head(config: RunConfig) -> None:
     if judge.head == "aspects" and judge.outputs < 2:
         raise ConfigError(f"judge.outputs: got {judge.outputs}; aspects are at least 2")
     if judge.head in (None, "cosine") and judge.outputs != 1:
-        raise ConfigError(f"judge.outputs: got {judge.outputs}; only heads 'aspects' and 'general' have several")
+        raise ConfigError(
+            f"judge.outputs: got {judge.outputs}; only heads 'aspects', 'general' and 'experts' have several"
+        )
+    _check_experts(judge)
     weights = judge.aspect_weights
     if weights and (judge.head != "aspects" or len(weights) != judge.outputs):
         raise ConfigError(
@@ -122,3 +125,25 @@ def _check_head(config: RunConfig) -> None:
         raise ConfigError("judge.logit_scale: it is trained in full tuning only; set judge.tuning: full")
     if judge.logit_scale and judge.head == "general":
         raise ConfigError("judge.logit_scale: has no effect with judge.head: general, which reads no cosine; remove it")
+
+
+def _check_experts(judge: JudgeConfig) -> None:
+    if judge.head != "experts":
+        plain = JudgeConfig()
+        for name in ("criteria", "criteria_weight", "gate_width", "gate_temperature"):
+            if (value := getattr(judge, name)) != getattr(plain, name):
+                raise ConfigError(f"judge.{name}: got {value!r}, which only head 'experts' reads; remove it")
+        return
+    if judge.outputs < 2:
+        raise ConfigError(
+            f"judge.outputs: got {judge.outputs}; gates weigh at least 2 criteria (one is the head without gates: "
+            "aspects, or the cosine)"
+        )
+    if judge.criteria and (min(judge.criteria) < 1 or sum(judge.criteria) != judge.outputs):
+        raise ConfigError(
+            f"judge.criteria: got {list(judge.criteria)}, and judge.outputs is {judge.outputs}; expected how many criteria "
+            "each aspect has, adding up to it"
+        )
+    for name in ("criteria_weight", "gate_width", "gate_temperature"):
+        if (value := getattr(judge, name)) <= 0:
+            raise ConfigError(f"judge.{name}: got {value!r}; expected a positive number")

@@ -77,4 +77,6 @@ def _aspects(result: Mapping[str, Any]) -> str:
     if not found:
         return ""
     rows = [(str(a), "no pair" if rate is None else f"{rate:.1%}") for a, rate in enumerate(found)]
+    if (rate := result.get("held_out_accuracy_overall")) is not None:
+        rows.append(("the gated score", f"{rate:.1%}"))
     return f'<div class="block">{table(("aspect", "held-out accuracy"), rows)}</div>'

@@ -131,6 +131,7 @@ def check(settings: Settings) -> None:
         raise ConfigError("annotate: give --reward NAME (several times for several), or --judge FILE")
     for name in named:
         rewards.check_images(name)
+        rewards.refuse_groups(name, rewards.groups(name), "annotate")
     if len(set(named)) < len(named):
         raise ConfigError(f"annotate: a reward is named twice: {', '.join(named)}")
     if settings.judge is not None:
@@ -259,6 +260,8 @@ def _by_rewards(
     """Score every picture that is not in the journal, then make pairs."""
     names = settings.source.rewards
     models = {name: rewards.load(name, settings.source.device) for name in names}
+    for name, model in models.items():
+        rewards.refuse_groups(name, model.grouped, "annotate")
     identities = {name: rewards.identity(name, model) for name, model in models.items()}
 
     def key(name: str, group: Group, item: Item) -> str:

@@ -48,6 +48,7 @@ FREE_TRAINING = (
 # Compared as their product with the number of processes (`check_identity`), so that a run can move to other hardware.
 FREE_BATCH = ("train_batch_size", "gradient_accumulation_steps")
 FREE_EVALUATION = ("at_end", "prompts", "num_prompts", "images_per_prompt", "rewards", "seed", "grid_prompts")
+FREE_ROLLOUT = ("offload_rewards",)
 FREE_DATA = ("sources", "keep_downloads", "max_disk_gb", "max_unusable")
 
 
@@ -261,9 +262,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if before != after:
                 found.append(f"{section} was {before!r}, is {after!r}")
             continue
-        free = {"training": FREE_TRAINING + FREE_BATCH, "data": FREE_DATA, "evaluation": FREE_EVALUATION}.get(
-            section, ()
-        )
+        free = {
+            "training": FREE_TRAINING + FREE_BATCH,
+            "data": FREE_DATA,
+            "evaluation": FREE_EVALUATION,
+            "rollout": FREE_ROLLOUT,
+        }.get(section, ())
         found += [
             f"{section}.{key} was {before.get(key)!r}, is {after.get(key)!r}"
             for key in sorted(before.keys() | after.keys())

@@ -248,6 +248,8 @@ class RolloutConfig:
             are kept, and the network is called again in the backward pass: memory of one step, one forward more. null:
             where several steps are trained.
         decode_batch_size: reward back-propagation: images that are decoded and scored with gradient at a time.
+        offload_rewards: networks of rewards are in the CPU's memory while the policy trains, and on their device while a
+            round is sampled and scored. Rewards on a server have none.
     """
 
     samples_per_prompt: int = 8
@@ -277,6 +279,7 @@ class RolloutConfig:
     select_temperature: float = 0.2
     checkpoint_steps: bool | None = None
     decode_batch_size: int = 4
+    offload_rewards: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps_per_generation", "num_iterations", "num_inference_steps", "decode_batch_size"):
@@ -470,19 +473,31 @@ class JudgeConfig:
     Attributes:
         head: "cosine": exp(logit_scale) times the cosine, as PickScore. "aspects": a score for each of several aspects, of
             which every pair says which one it is about (`aspect`). "general": an embedding, for preferences that go round in
-            circles (objective general_preference). null: an earlier reward's own, or the cosine.
-        outputs: aspects, or dimensions of "general" (even; 2 already represents rock, paper, scissors; 6 is the published
-            one).
+            circles (objective general_preference). "experts": a score for each of several criteria, and gates that weigh
+            them by the prompt (MJ-VIDEO); a pair with an `aspect` is about that criterion, a pair without one about the
+            gated score. null: an earlier reward's own, or the cosine.
+        outputs: aspects, criteria, or dimensions of "general" (even; 2 already represents rock, paper, scissors; 6 is the
+            published one).
         aspect_weights: of the aspects in the one score; empty: equal.
+        criteria: of "experts", how many criteria each aspect has, as in [5, 4, 6]: gates weigh them within the aspect, and
+            others the aspects (MJ-VIDEO: 28 criteria of 5 aspects). Empty: one gate over all criteria.
+        criteria_weight: of "experts", what a pair about a criterion counts against one about the gated score (MJ-VIDEO's
+            last stage has weights of 0.3 and 1; which losses they belong to is UNVERIFIED).
+        gate_width: of "experts", hidden units of the gates (MJ-VIDEO: 1024).
+        gate_temperature: of "experts", divides the gates' logits; the published value is UNVERIFIED.
         tuning: "lora": an adapter on both towers, which is merged when the reward is written; "full": all weights, as
             PickScore; "head": the head alone. A head is always trained.
         logit_scale: whether it is trained, too, in full tuning. Frozen, scores keep their scale when an earlier reward is
             tuned on.
     """
 
-    head: Literal["cosine", "aspects", "general"] | None = None
+    head: Literal["cosine", "aspects", "general", "experts"] | None = None
     outputs: int = 1
     aspect_weights: tuple[float, ...] = ()
+    criteria: tuple[int, ...] = ()
+    criteria_weight: float = 0.3
+    gate_width: int = 1024
+    gate_temperature: float = 1.0
     tuning: Literal["lora", "full", "head"] = "lora"
     logit_scale: bool = False
 

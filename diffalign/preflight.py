@@ -218,7 +218,14 @@ def _facts(config: RunConfig) -> frozenset[str]:
     return reader.facts
 
 
-_ROLLOUT_OF_TEXTS = ("samples_per_prompt", "steps_per_generation", "num_iterations", "rewards", "reward_weights")
+_ROLLOUT_OF_TEXTS = (
+    "samples_per_prompt",
+    "steps_per_generation",
+    "num_iterations",
+    "rewards",
+    "reward_weights",
+    "offload_rewards",
+)
 # Keys that only one modality reads: set for the other, they would silently do nothing.
 _ONLY: dict[str, tuple[str, ...]] = {
     "image": (

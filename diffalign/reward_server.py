@@ -92,6 +92,7 @@ class RewardServer(ThreadingHTTPServer):
             max_batch=max_batch,
             max_bytes=max_bytes,
             clips=isinstance(reward, Reward) and reward.clips,
+            grouped=isinstance(reward, Reward) and reward.grouped,
         )
         self._places = threading.BoundedSemaphore(queue)
         self._turn = threading.Lock()

@@ -15,7 +15,7 @@ import json
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Health:
         max_batch: pictures or texts in a request, at most.
         max_bytes: of a request, at most.
         clips: the reward judges clips.
+        grouped: it compares the pictures of a prompt, which therefore come in one request.
     """
 
     protocol: int
@@ -64,6 +65,7 @@ class Health:
     max_batch: int
     max_bytes: int
     clips: bool = False
+    grouped: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As JSON knows it: no infinities."""
@@ -85,7 +87,7 @@ class Health:
                 "version of diffalign on both sides"
             )
         try:
-            values = {field.name: found[field.name] for field in fields(Health)}
+            values = {f.name: found[f.name] for f in fields(Health) if f.default is MISSING or f.name in found}
             low, high = values["range"]
             values["range"] = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
             health = Health(**values)

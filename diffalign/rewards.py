@@ -17,13 +17,13 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from diffalign import __version__, plugins
@@ -90,6 +90,14 @@ class RewardModel(ABC):
         """What the scores of the last call were made of, by name, (B,) each; by default nothing is told."""
         return {}
 
+    def networks(self) -> list[nn.Module]:
+        """Its networks, each once, for whoever moves them to another device and back (`rollout.offload_rewards`).
+
+        By default every module among its attributes, those in lists and dictionaries included, and those of helper objects
+        whose class is ours or stands in the reward's own file. A reward that holds networks elsewhere says so here.
+        """
+        return _modules_of(self, {type(self).__module__.partition(".")[0], "diffalign", "reward_models"}, set())
+
 
 class Reward(RewardModel):
     """A reward of pictures: pictures and prompts in, one number per picture out, higher is better.
@@ -104,6 +112,11 @@ class Reward(RewardModel):
 
     clips: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
+
+    @classmethod
+    def groups(cls, argument: str | None) -> bool:
+        """Whether it is `grouped` with this argument, as far as that can be told before it is loaded."""
+        return cls.grouped
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
@@ -143,6 +156,29 @@ class TextReward(RewardModel):
         Returns:
             float32 scores, shape (B,); NaN where the reward has no opinion.
         """
+
+
+def _modules_of(value: object, own: set[str], seen: set[int]) -> list[nn.Module]:
+    """Modules that a value holds, see `RewardModel.networks`.
+
+    Args:
+        value: a module, a list, a dictionary, an object; anything else holds none.
+        own: packages whose objects are looked into.
+        seen: ids of what was looked at.
+    """
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        return [value]
+    inner: Iterable[object] = ()
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] in own:
+        inner = vars(value).values()
+    return [module for one in inner for module in _modules_of(one, own, seen)]
 
 
 _FACTS = ("range", "unit", "differentiable", "weights", "licence", "gap")
@@ -248,6 +284,30 @@ def check_images(name: str) -> None:
     cls, _ = find(name)
     if not issubclass(cls, Reward):
         raise ConfigError(f"reward {name!r} judges texts, one that judges pictures is needed; choose another")
+
+
+def groups(name: str) -> bool:
+    """Whether the scores of a reward of pictures depend on the others of their prompt, as far as that is known unloaded."""
+    cls, argument = find(name)
+    return issubclass(cls, Reward) and cls.groups(argument)
+
+
+def refuse_groups(name: str, grouped: bool, what: str) -> None:
+    """Refuse a reward that compares the pictures of a prompt, where they do not come together.
+
+    Args:
+        name: of the reward.
+        grouped: of `groups(name)`, or of the loaded reward.
+        what: the command that scores pictures as they come.
+
+    Raises:
+        ConfigError: it is grouped.
+    """
+    if grouped:
+        raise ConfigError(
+            f"{what}: reward {name!r} compares the pictures of a prompt, and {what} scores them as they come; take it in "
+            "rollout.rewards or evaluation.rewards, where a prompt's pictures stay together"
+        )
 
 
 def check_text(name: str) -> None:

@@ -147,6 +147,7 @@ def check(settings: Settings, out: Path, grid: Path | None) -> None:
         raise ConfigError(f"score: a reward is named twice: {', '.join(settings.rewards)}")
     for name in settings.rewards:
         rewards.check_images(name)
+        rewards.refuse_groups(name, rewards.groups(name), "score")
     for what, path, known in (("--out", out, TABLES), ("--grid", grid, GRIDS)):
         if path is not None and path.suffix.lower() not in known:
             raise ConfigError(f"score: {what} is {str(path)!r}; a name that ends in {', '.join(known)} expected")
@@ -334,6 +335,8 @@ def score(settings: Settings) -> Scored:
         UserError: no picture can be read, or a reward cannot score one; see `rewards.score`.
     """
     models = {name: rewards.load(name, settings.device) for name in settings.rewards}
+    for name, model in models.items():
+        rewards.refuse_groups(name, model.grouped, "score")
     result = Scored({}, [Column(name) for name in models], DataReport())
     with score_cache.from_environment(settings.cache) as cache, Progress("scoring", count(settings), "picture") as bar:
         waiting: dict[tuple[int, int], list[tuple[Picture, Tensor]]] = {}

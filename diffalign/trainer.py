@@ -153,13 +153,16 @@ def train(config: RunConfig) -> TrainResult:
     rows = MetricsFile(run_dir / "metrics.jsonl", resume_step=step) if accelerator.is_main_process else None
     accelerator.init_trackers("diffalign", config={"objective": objective.title, "effective_batch": effective})
     batches = job.micro_batches(step)
+    if rows is not None and resumed is not None and "unseen" in resumed.state:
+        with swapped(ema, params):
+            rows.write(resumed.state["unseen"] | job.watch(step))
     last_checkpoint = str(resumed.path) if resumed else None
     seconds_before = resumed.manifest["train_seconds"] if resumed else 0.0
     started, busy, first_step = time.perf_counter(), 0.0, step
     enough = agreed(job.enough, accelerator)  # nothing has got better for a while
 
-    def save_checkpoint() -> str:
-        """Write a checkpoint of the state after `step` steps (main process)."""
+    def save_checkpoint(unseen: dict[str, Any] | None = None) -> str:
+        """Write a checkpoint of the state after `step` steps (main process); `unseen` is its row, not looked at yet."""
         state: dict[str, Any] = {
             "optimizer": optimizer.optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
@@ -169,7 +172,13 @@ def train(config: RunConfig) -> TrainResult:
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
         state |= {
-            name: value for name, value in (("reference", reference.state_dict()), ("job", job.state_dict())) if value
+            name: value
+            for name, value in (
+                ("reference", reference.state_dict()),
+                ("job", job.state_dict()),
+                ("unseen", unseen),
+            )
+            if value
         }
         extra = {
             "objective": summary,
@@ -238,8 +247,13 @@ def train(config: RunConfig) -> TrainResult:
             watched = job.watches(step)
             if watched:
                 if accelerator.is_main_process:
-                    with swapped(ema, params):
-                        row |= job.watch(step)
+                    try:
+                        with swapped(ema, params):
+                            row |= job.watch(step)
+                    except UserError:  # a reward that died: the step stays done, and a resumed run looks first
+                        save_checkpoint(unseen=row)
+                        log.warning("stopped at step %d; go on with training.resume_from_checkpoint=latest", step)
+                        raise
                 enough = agreed(job.enough, accelerator)
             last = step == training.max_train_steps or enough
             if rows is not None:

@@ -11,7 +11,8 @@ else, and rewards that are `.py` files, stand in a YAML file, `mix:my_mix.yaml`:
     constraints:                      # taken off: weight times how far the score is below the bound
       - {reward: image_reward, at_least: 0.0, weight: 2.0}
 
-Statistics are those of pictures of the reference model and stay what they are: `mean` and `std`, or a file that
+A part that compares the pictures of a prompt (`diversity`) makes the whole such a reward: a prompt's pictures come in one
+call. Statistics are those of pictures of the reference model and stay what they are: `mean` and `std`, or a file that
 `diffalign score --statistics` wrote, beside the YAML file. The arithmetic is `diffalign.reward_math`.
 """
 
@@ -60,6 +61,7 @@ class Mix(Reward):
         }  # one of each, however often it is named
         smooth = all(entry.scale != "rank" for entry in (*self.plan.parts, *self.plan.constraints))
         self.differentiable = smooth and all(model.differentiable for model in self.models.values())  # type: ignore[misc]
+        self.grouped = any(model.grouped for model in self.models.values())  # type: ignore[misc]
         self._parts: dict[str, Tensor] = {}
 
     @classmethod
@@ -67,6 +69,11 @@ class Mix(Reward):
         plan = _read(argument or "")
         for entry in (*plan.parts, *plan.constraints):
             rewards.check_images(entry.reward)
+
+    @classmethod
+    def groups(cls, argument: str | None) -> bool:
+        plan = _read(argument or "")
+        return any(rewards.groups(entry.reward) for entry in (*plan.parts, *plan.constraints))
 
     def identity(self) -> str:
         parts = {name: rewards.identity(name, model) for name, model in self.models.items()}

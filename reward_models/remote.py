@@ -43,6 +43,7 @@ class Remote(Reward):
     ) -> None:
         self.server, self.health = connect(address, "images")
         self.clips = self.health.clips  # type: ignore[misc]
+        self.grouped = self.health.grouped  # type: ignore[misc]
 
     @classmethod
     def check_argument(cls, argument: str | None) -> None:
@@ -60,13 +61,40 @@ class Remote(Reward):
                 f"reward server {self.server.url} takes {self.health.max_bytes} bytes a request, a picture of "
                 f"{tuple(images.shape[1:])} has {each}; start it with a larger --max-mb"
             )
-        scores = []
-        for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
-            body = wire.encode_pictures(images[part], prompts[part], metadata[part] if metadata is not None else None)
-            answer = self.server.post("/score", body, wire.PICTURES)
-            scores.append(wire.decode_scores(answer, len(prompts[part]), self.server.url))
-        return torch.cat(scores).to(images.device)
+        parts = whole_groups(prompts, size, self.server.url) if self.grouped else _slices(len(prompts), size)
+        scores = torch.empty(len(prompts))
+        for part in parts:
+            texts = [prompts[i] for i in part]
+            facts = [metadata[i] for i in part] if metadata is not None else None
+            answer = self.server.post("/score", wire.encode_pictures(images[part], texts, facts), wire.PICTURES)
+            scores[part] = wire.decode_scores(answer, len(part), self.server.url)
+        return scores.to(images.device)
+
+
+def _slices(count: int, size: int) -> list[list[int]]:
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def whole_groups(prompts: list[str], size: int, url: str) -> list[list[int]]:
+    """Places of pictures by request, at most `size` each, all pictures of a prompt in one.
+
+    Raises:
+        RewardError: a prompt has more.
+    """
+    groups: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(place)
+    parts: list[list[int]] = []
+    for prompt, places in groups.items():
+        if len(places) > size:
+            raise RewardError(
+                f"reward server {url} compares the pictures of a prompt and takes {size} at a time; {prompt[:80]!r} has "
+                f"{len(places)}: start it with a larger --max-batch or --max-mb"
+            )
+        if not parts or len(parts[-1]) + len(places) > size:
+            parts.append([])
+        parts[-1] += places
+    return parts
 
 
 def address_of(argument: str) -> str:

@@ -2,9 +2,9 @@
 
     trained:runs/demo_reward                 the run's folder, or its reward/ inside
 
-Heads are those of `diffalign.judges`: PickScore's cosine, several aspects, or a general preference, whose score is how much
-a picture is preferred to those it was trained on, on average, as a logit. With the cosine the folder is a plain CLIP, which
-`pickscore:FOLDER` reads, too.
+Heads are those of `diffalign.judges`: PickScore's cosine, several aspects, criteria with gates that read the prompt, or a
+general preference, whose score is how much a picture is preferred to those it was trained on, on average, as a logit. With
+the cosine the folder is a plain CLIP, which `pickscore:FOLDER` reads, too.
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ class Trained(Reward):
             distinct, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
         place = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
-        scores = self.network.judge(pixels, tokens.input_ids, tokens.attention_mask, place).scores
-        if self.network.settings.head == "general":
-            scores = scores / self.network.settings.temperature
-        self._parts = {f"aspect_{a}": scores[:, a].detach() for a in range(scores.shape[1]) if scores.shape[1] > 1}
-        return self.network.overall(scores)
+        judged = self.network.judge(pixels, tokens.input_ids, tokens.attention_mask, place)
+        settings = self.network.settings
+        self._parts = {}
+        if settings.head in ("aspects", "experts"):
+            self._parts |= {f"aspect_{a}": score.detach() for a, score in enumerate(judged.scores.T)}
+        if settings.head == "experts":
+            self._parts |= {f"weight_{a}": weight.detach() for a, weight in enumerate(judged.weights.T)}
+        return judged.overall / settings.temperature if settings.head == "general" else judged.overall

@@ -260,6 +260,7 @@ def test_wrong_settings_are_refused_before_anything_loads(run: Run, tmp_path: Pa
         (("--reward", level, "--judge", two), "give --reward NAME"),
         (("--reward", level, "--reward", level), "named twice"),
         (("--reward", "pickscor"), "did you mean 'pickscore'"),
+        (("--reward", "diversity"), "and annotate scores them as they come"),
         (("--judge", one), "asks about one picture"),
         (("--judge", two, "--pairs", "best_worst"), "needs scores of pictures"),
         (("--judge", two, "--margin", "0.5"), "from 0 below 0.5"),

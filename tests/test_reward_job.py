@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +17,7 @@ from diffalign import checkpoint, commands, preflight, rewards
 from diffalign._plan_rewards import plan_reward, render
 from diffalign.config_loading import build
 from diffalign.errors import DataError, UserError
+from diffalign.jobs.reward import RewardJob, decided_mean
 from diffalign.judges import load_judge
 from diffalign.metrics import read_rows
 from diffalign.reward_math import load_statistics
@@ -125,9 +128,10 @@ def test_it_learns_a_taste_and_the_reward_loads_by_name(tmp_path, data):
             "training__learning_rate": 0.1,  # embeddings are unit vectors, of which a linear head sees little
         },
         {"judge": {"head": "general", "outputs": 2}, "objective": {"name": "general_preference"}},
+        {"judge": {"head": "experts", "outputs": 3, "criteria": [1, 2], "gate_width": 16}},
         {"judge": {"tuning": "full"}, "lora": {}, "training__learning_rate": 3e-4},
     ],
-    ids=["bradley_terry", "ties", "aspects", "general", "full"],
+    ids=["bradley_terry", "ties", "aspects", "general", "experts", "full"],
 )
 def test_every_loss_and_head_lowers_its_loss_and_can_be_loaded(tmp_path, data, changes):
     changes = changes | {"cache__dir": str(tmp_path / "cache"), "training__max_train_steps": 12}
@@ -185,6 +189,45 @@ def test_aspects_beyond_the_heads_are_refused(tmp_path, data):
         train(build(made))
 
 
+def test_pairs_about_a_criterion_train_it_and_the_others_the_gated_score(tmp_path, data, monkeypatch):
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["aspect"] = i % 3
+        if line["aspect"] == 2:
+            del line["aspect"]
+    some = data.parent / "some.jsonl"
+    some.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = []
+    original = RewardJob.loss
+
+    def loss(self, batch):
+        out = original(self, batch)
+        with torch.no_grad():
+            seen.append((batch, self._judge(self.bare, batch), out))
+        return out
+
+    monkeypatch.setattr(RewardJob, "loss", loss)
+    judge = {"head": "experts", "outputs": 2, "gate_width": 16, "criteria_weight": 0.25}
+    more = {"objective": {"name": "bradley_terry"}, "cache__dir": str(tmp_path / "cache")}
+    result = train(build(tree(tmp_path / "run", some, judge=judge, **more))).result
+    batch, judged, out = seen[1]
+    assert set(batch.aspect.tolist()) == {-1, 0, 1}
+    count = len(batch.ids)
+    for i, aspect in enumerate(batch.aspect.tolist()):
+        of = judged.overall if aspect < 0 else judged.scores[:, aspect]
+        z, p = float(of[i] - of[i + count]), float(batch.p[i])
+        wanted = p * math.log1p(math.exp(-z)) + (1 - p) * math.log1p(math.exp(z))
+        assert float(out.per_item[i].detach()) == pytest.approx(
+            (1.0 if aspect < 0 else 0.25) * wanted, rel=1e-3, abs=1e-5
+        )
+    found = [result["held_out_accuracy_overall"], *result["held_out_accuracy_by_aspect"]]
+    assert all(rate is None or 0 <= rate <= 1 for rate in found)
+    assert found[0] is not None
+    assert decided_mean(np.array([1.0, np.nan, 0.0, 1.0])) == pytest.approx(2 / 3)
+    assert decided_mean(np.array([np.nan])) is None
+    assert "the gated score" in (tmp_path / "run" / "report.html").read_text()
+
+
 # ---------------------------------------------------------------- refusals and plan
 
 
@@ -196,7 +239,14 @@ def test_aspects_beyond_the_heads_are_refused(tmp_path, data):
         ({"objective": {"name": "bradley_terry_ties"}, "data__ties": "drop"}, "data.ties: drop"),
         ({"judge": {"head": "general", "outputs": 2}}, "belong together"),
         ({"objective": {"name": "general_preference"}}, "needs head: general"),
-        ({"judge": {"outputs": 3}}, "only heads 'aspects' and 'general'"),
+        ({"judge": {"outputs": 3}}, "only heads 'aspects', 'general' and 'experts'"),
+        ({"judge": {"head": "experts"}}, "got 1; gates weigh at least 2 criteria"),
+        ({"judge": {"head": "experts", "outputs": 5, "criteria": [2, 2]}}, r"criteria: got \[2, 2\], .*outputs is 5"),
+        ({"judge": {"head": "experts", "outputs": 2, "criteria": [2, 0]}}, "adding up to it"),
+        ({"judge": {"head": "experts", "outputs": 2, "gate_temperature": 0}}, "gate_temperature: got 0.0; .*positive"),
+        ({"judge": {"head": "experts", "outputs": 2, "aspect_weights": [1, 1]}}, "give one for each aspect, or none"),
+        ({"judge": {"head": "aspects", "outputs": 2, "criteria": [1, 1]}}, "only head 'experts' reads"),
+        ({"judge": {"gate_width": 8}}, "judge.gate_width: got 8, which only head 'experts' reads"),
         ({"judge": {"head": "aspects", "outputs": 2, "aspect_weights": [1]}}, "give one for each aspect"),
         ({"judge": {"tuning": "head"}}, "the cosine has none"),
         ({"judge": {"tuning": "full"}}, "lora: has no effect"),

@@ -20,9 +20,10 @@ import yaml
 from lm_support import save_lm
 from safetensors.torch import load_file
 
-from diffalign import checkpoint
+from diffalign import checkpoint, offload
 from diffalign.config_loading import build
 from diffalign.errors import ConfigError, DataError, UserError
+from diffalign.jobs.text import TextJob
 from diffalign.metrics import read_rows
 from diffalign.trainer import TrainResult, train
 
@@ -444,6 +445,54 @@ def test_what_cannot_run_is_refused_before_the_model_is_read(
     with pytest.raises(ConfigError, match=message):
         run(**changes)
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+AWAY = """
+import torch
+from diffalign.rewards import TextReward
+
+
+class Placed(torch.nn.Linear):
+    place, moves = "cuda:0", []
+
+    def to(self, device):
+        self.place = str(device)
+        self.moves.append(self.place)
+        return self
+
+
+class Long(TextReward):
+    range = (0.0, 10.0)
+    unit = licence = gap = ""
+    weights = None
+
+    def __init__(self, device="cpu", dtype=None):
+        self.network = Placed(1, 1)
+
+    def __call__(self, prompts, completions, metadata=None):
+        assert self.network.place == "cuda:0"
+        return torch.tensor([float(len(text)) for text in completions])
+"""
+
+
+def test_networks_of_rewards_are_away_while_a_text_policy_trains(
+    run: Runs, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "away.py").write_text(AWAY)
+    monkeypatch.setattr(offload, "home", lambda network: torch.device(network.place))
+    original, seen = TextJob.loss, list[list[str]]()
+
+    def loss(self: TextJob, batch: Any) -> Any:
+        (network,) = self.rollouts.models[0].networks()
+        assert network.place == "cpu"
+        seen.append(list(network.moves))
+        return original(self, batch)
+
+    monkeypatch.setattr(TextJob, "loss", loss)
+    made = online(place, rewards=[str(tmp_path / "away.py")], offload_rewards=True, steps_per_generation=2)
+    run("away", **made)
+    assert seen[0] == ["cpu", "cuda:0", "cpu"]
+    assert seen[-1] == ["cpu", *["cuda:0", "cpu"] * 2]
 
 
 def test_online_steps_are_whole_groups(run: Runs, place: Path) -> None:

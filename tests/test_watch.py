@@ -16,6 +16,7 @@ from diffalign.errors import ConfigError
 from diffalign.jobs.image import ImageJob
 from diffalign.metrics import read_rows
 from diffalign.report import write_report
+from diffalign.rewards import RewardError
 from diffalign.trainer import agreed, train
 from diffalign.watch import Watch
 
@@ -163,3 +164,31 @@ def test_all_processes_end_together() -> None:
 def test_settings_that_contradict_each_other_are_refused(run: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=message):
         train(run(**settings))
+
+
+def test_a_reward_that_dies_at_a_look_loses_neither_the_step_nor_the_look(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(run("whole", keep_best="world_verifier")).run_dir
+    original, fatal = Watch.measure, [2, 3]
+
+    def measure(self: Watch, step: int, network: torch.nn.Module) -> dict[str, float]:
+        if step in fatal:
+            fatal.remove(step)
+            raise RewardError("no answer")
+        return original(self, step, network)
+
+    monkeypatch.setattr(Watch, "measure", measure)
+    config = run("part", keep_best="world_verifier")
+    again = replace(config, training=replace(config.training, resume_from_checkpoint="latest"))
+    for step, made in ((2, config), (3, again)):
+        with pytest.raises(RewardError, match="no answer"):
+            train(made)
+        assert list(checkpoint.steps_of(Path(config.output_dir)))[-1] == step
+    part = train(again).run_dir
+    timed = ("seconds_per_step", "pairs_per_second", "memory_gb")
+    one, other = ([{k: v for k, v in row.items() if k not in timed} for row in looks(f)] for f in (whole, part))
+    assert one == other
+    assert len(other) == 3
+    adapters = [load_file(folder / "pytorch_lora_weights.safetensors") for folder in (whole, part)]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])

@@ -41,6 +41,7 @@ from diffalign.statistics import bootstrap_rate
 log = logging.getLogger(__name__)
 EVALUATION_PAIRS = 64  # per call
 HALF = "calibration"  # salt of the split of the held-out prompts
+OVERALL = -1  # in place of an aspect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class JudgeBatch(Batch):
         input_ids, mask: of the prompts, (P, L).
         p: probability that the chosen picture is the preferred one, in [1/2, 1], (P,).
         weight: (P,).
-        aspect: which aspect each pair is about, int64 (P,), where there are several.
+        aspect: which aspect or criterion each pair is about, int64 (P,), where there are several; -1: the one score.
     """
 
     ids: tuple[str, ...]
@@ -83,7 +84,7 @@ def batch_of(data: PairData, pairs: Sequence[EncodedPair], *, aspects: bool) -> 
         mask=torch.stack([mask for _, mask in tokens]),
         p=torch.tensor([max(pair.p, 1 - pair.p) for pair in pairs], dtype=torch.float32),
         weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
-        aspect=torch.tensor([int(pair.extra[ASPECT]) for pair in pairs]) if aspects else None,
+        aspect=torch.tensor([int(pair.extra.get(ASPECT, OVERALL)) for pair in pairs]) if aspects else None,
     )
 
 
@@ -112,7 +113,7 @@ class RewardJob(Job):
             raise DataError(f"data.resolution: got {config.data.resolution}; the vision tower looks at {size} pixels")
         self.autocast = self.accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
         self.settings = self._settings()
-        self.aspects = self.settings.head == "aspects"
+        self.aspects = self.settings.head in ("aspects", "experts")
         prepared = prepare(config, self.family, self.accelerator)
         if self.accelerator.is_main_process:
             prepared.report.write(self.run_dir / REPORT)
@@ -133,12 +134,18 @@ class RewardJob(Job):
         head = judge.head or "cosine"
         weights = normalised_weights(judge.aspect_weights, judge.outputs) if head == "aspects" else ()
         return JudgeSettings(
-            head=head, outputs=judge.outputs, aspect_weights=weights, temperature=self.objective.temperature
+            head=head,
+            outputs=judge.outputs,
+            aspect_weights=weights,
+            temperature=self.objective.temperature,
+            criteria=judge.criteria,
+            gate_width=judge.gate_width,
+            gate_temperature=judge.gate_temperature,
         )
 
     def _check_aspects(self) -> None:
         outputs = self.settings.outputs
-        if beyond := [a for extra in self.data.extras if (a := int(extra[ASPECT])) >= outputs]:
+        if beyond := [a for extra in self.data.extras if (a := int(extra.get(ASPECT, OVERALL))) >= outputs]:
             raise DataError(
                 f"judge.outputs is {outputs}, and {len(beyond):,} pairs are about aspects up to {max(beyond)} (they count "
                 "from 0); set judge.outputs to the number of aspects"
@@ -183,9 +190,12 @@ class RewardJob(Job):
             yield batch.to(self.accelerator.device)
 
     def loss(self, batch: JudgeBatch) -> LossOut:
-        pairs = Pairs.halves(len(batch.ids), batch.p.device, p=batch.p, weight=batch.weight, aspect=batch.aspect)
+        weight = batch.weight
+        if self.settings.head == "experts" and batch.aspect is not None:
+            weight = torch.where(batch.aspect == OVERALL, weight, self.config.judge.criteria_weight * weight)
+        pairs = Pairs.halves(len(batch.ids), batch.p.device, p=batch.p, weight=weight, aspect=batch.aspect)
         out = self.objective(self._scores(self._judge(self.network, batch), batch), Layout(pairs=pairs))
-        weight_metric(out, batch.weight)
+        weight_metric(out, weight)
         return out
 
     def _judge(self, network: nn.Module, batch: JudgeBatch) -> Judgement:
@@ -196,8 +206,11 @@ class RewardJob(Job):
     def _scores(self, found: Judgement, batch: JudgeBatch) -> Scores:
         if self.settings.head == "general":
             return Scores.judged(found.scores[:, 0], found.embedding)
-        column = torch.zeros_like(batch.prompt) if batch.aspect is None else batch.aspect.repeat(2)
-        return Scores.judged(found.scores.gather(1, column[:, None])[:, 0])
+        if batch.aspect is None:
+            return Scores.judged(found.scores[:, 0])
+        # The one score is the last column, which -1 means.
+        columns = torch.cat([found.scores, found.overall[:, None]], 1)
+        return Scores.judged(columns.gather(1, (batch.aspect.repeat(2) % columns.shape[1])[:, None])[:, 0])
 
     def record(self, metrics: StepMetrics, batch: JudgeBatch, out: LossOut) -> None:
         metrics.add(out)
@@ -229,9 +242,7 @@ class RewardJob(Job):
             judged = self._judge(self.bare, batch)
             scores = self._scores(judged, batch)
             logits = self.objective.difference(scores, Pairs.halves(len(pairs), batch.p.device))
-            found.append(
-                (logits / self.objective.temperature, batch.p, self.bare.overall(judged.scores), judged.embedding)
-            )
+            found.append((logits / self.objective.temperature, batch.p, judged.overall, judged.embedding))
         self.bare.train(was_training)
         logit, p, overall, embedding = (torch.cat(part).float().cpu() for part in zip(*found, strict=True))
         return Measured(
@@ -268,12 +279,12 @@ class RewardJob(Job):
             result["held_out_accuracy_before_ci95"] = self.before["ci95"]
         result |= self._calibration(measured)
         if self.aspects:
-            aspect = np.array([int(self.data.extras[i][ASPECT]) for i in self.kept_out])
+            aspect = np.array([int(self.data.extras[i].get(ASPECT, OVERALL)) for i in self.kept_out])
             right = calibration.correct(measured.logit, measured.p)
-            result["held_out_accuracy_by_aspect"] = [
-                float(np.nanmean(right[aspect == a])) if (aspect == a).any() else None
-                for a in range(self.settings.outputs)
-            ]
+            found = [decided_mean(right[aspect == a]) for a in (*range(self.settings.outputs), OVERALL)]
+            result["held_out_accuracy_by_aspect"] = found[:-1]
+            if found[-1] is not None:
+                result["held_out_accuracy_overall"] = found[-1]
         if self.config.evaluation.rewards:
             result["other_rewards"] = self._others()
         return result
@@ -372,6 +383,12 @@ class Measured:
     overall: Tensor
     embedding: Tensor
     prompts: list[str]
+
+
+def decided_mean(right: calibration.Floats) -> float | None:
+    """Mean without the NaN of ties; None where nothing else is."""
+    decided = right[~np.isnan(right)]
+    return float(decided.mean()) if len(decided) else None
 
 
 def write_judge(network: JudgeCLIP, folder: Any) -> None:

@@ -36,6 +36,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffalign import rewards
+from diffalign._preflight_images import check_group
 from diffalign.config import RunConfig
 from diffalign.data.batch import mapped
 from diffalign.data.loader import BatchPlan, PairMicroBatches
@@ -43,6 +44,7 @@ from diffalign.families import DECODER, Conditioning, DenoisingFamily
 from diffalign.losses import Groups, Layout, Objective, Scores
 from diffalign.losses.diffusion.capo import calibrated_rewards, frontiers
 from diffalign.losses.scores import mean_square
+from diffalign.offload import Offload
 from diffalign.policy import Policy, guided
 from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
@@ -110,6 +112,9 @@ class ImageRollouts:
         self.latent_shape, self.winners, self.kept = latent_shape, winners, list(kept)
         self.objective: Objective = config.objective
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
+        for name, model in zip(self.rollout.rewards, self.models, strict=True):
+            check_group(config, name, model.grouped)
+        self.offload = Offload(self.models, self.rollout.offload_rewards)
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
         self.pairing = config.rollout.pairing or self.objective.sampling.pairing
         self.eta = noise_level(config)
@@ -152,7 +157,8 @@ class ImageRollouts:
             number, place = divmod(step, self.steps_per_round)
             if self._round is None or self._round[0] != number:
                 self._round = None  # its memory is needed for the next one
-                self._round = (number, self._make(number))
+                with self.offload:
+                    self._round = (number, self._make(number))
             iteration, place = divmod(place, self.rollout.steps_per_generation)
             for batch in range(place * per_step, (place + 1) * per_step):
                 entries = self._round[1][batch * size : (batch + 1) * size]

@@ -29,6 +29,7 @@ from diffalign.losses.games import win_rates
 from diffalign.losses.group_objective import GroupObjective
 from diffalign.losses.regression import NFT
 from diffalign.losses.supervised import RFT
+from diffalign.offload import Offload
 from diffalign.rounds import plain, rebuilt
 from diffalign.schedules import sample_seed
 from diffalign.text.batch import TextBatch, TextExample, TextRow, collate_text
@@ -82,6 +83,7 @@ class Rollouts:
         self.policy, self.accelerator, self.tokenizer = policy, accelerator, tokenizer
         self.objective: Objective = config.objective
         self.models = [rewards.load_text(name, accelerator.device) for name in self.rollout.rewards]
+        self.offload = Offload(self.models, self.rollout.offload_rewards)
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
         self.share = prompts_per_step(config)
         count = self.share * accelerator.num_processes * self.rollout.steps_per_generation
@@ -103,7 +105,8 @@ class Rollouts:
         for step in range(first_step, self.config.training.max_train_steps):
             number, place = divmod(step, self.steps_per_round)
             if self._round is None or self._round[0] != number:
-                self._round = (number, self._make(number))
+                with self.offload:
+                    self._round = (number, self._make(number))
             yield from self._round[1][place % self.rollout.steps_per_generation]
 
     def _make(self, number: int) -> list[list[TextBatch]]:

@@ -49,6 +49,11 @@ def test_groups_are_not_cut_into_batches() -> None:
             r"sampling.batch_size: got 8; .*'diversity:tiny-clip' compares.* 3",
         ),
         ("spo", {"samples_per_prompt": 2}, r"'diversity:tiny-clip' compares the images of a prompt"),
+        (
+            "dgpo",
+            {"samples_per_prompt": 3, "rewards": ["mix:1*world_verifier+0.5*diversity:tiny-clip"]},
+            r"sampling.batch_size: got 8; reward 'mix:1\*world_verifier.* compares",
+        ),
     ],
 )
 def test_runs_that_would_cut_groups_are_refused(tmp_path, tiny_config, objective, rollout, message) -> None:

@@ -34,6 +34,28 @@ class Channel(Reward):
         return images[:, self.which].mean((1, 2)) / (0 if "bad" in prompts else 1)
 """
 
+SPREAD = """
+import torch
+from diffalign.rewards import Reward
+
+
+class Spread(Reward):
+    "Mean distance in brightness to the others of the prompt."
+    range = (0.0, 1.0)
+    unit = licence = gap = ""
+    differentiable = False
+    grouped = True
+    weights = None
+
+    def __init__(self, device="cpu", dtype=None):
+        pass
+
+    def __call__(self, images, prompts, metadata=None):
+        light = images.mean((1, 2, 3))
+        others = [[light[j] for j, q in enumerate(prompts) if q == p and j != i] for i, p in enumerate(prompts)]
+        return torch.stack([(torch.stack(o) - x).abs().mean() for o, x in zip(others, light)])
+"""
+
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
@@ -116,6 +138,28 @@ def test_gradient_passes_where_all_parts_let_it(write: Any, images: torch.Tensor
     score(mixed, pixels, ["p"] * 5, batch_size=2).sum().backward()
     assert pixels.grad is not None
     assert torch.allclose(pixels.grad.mean((0, 2, 3)), torch.tensor([2.0, -1.0, 0.0]) / 16)
+
+
+def test_a_part_that_compares_the_pictures_of_a_prompt_gets_all_of_them(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "spread.py").write_text(SPREAD)
+    name = write(
+        parts=[{"channel": 0, "weight": 2}, {"reward": str(tmp_path / "spread.py"), "weight": 10}],
+        constraints=[{"reward": str(tmp_path / "spread.py"), "at_least": 0.4, "weight": 100}],
+    )
+    light = torch.tensor([0.1, 0.5, 0.3, 0.9, 0.8])
+    images = light[:, None, None, None].expand(5, 3, 4, 4)
+    prompts = ["a", "b", "a", "b", "a"]  # a: 0.1, 0.3, 0.8; b: 0.5, 0.9
+    spread = [(0.2 + 0.7) / 2, 0.4, (0.2 + 0.5) / 2, 0.4, (0.7 + 0.5) / 2]
+    short = [0, 0, 100 * (0.4 - 0.35), 0, 0]
+    wanted = torch.tensor([2 * x + 10 * s - f for x, s, f in zip(light.tolist(), spread, short, strict=True)])
+    mixed = rewards.load(name)
+    assert mixed.grouped
+    assert not mixed.differentiable
+    assert rewards.groups(name)
+    torch.testing.assert_close(score(mixed, images, prompts, batch_size=2), wanted, rtol=1e-4, atol=1e-4)
+    alone = write(parts=[{"channel": 0}])
+    assert not rewards.load(alone).grouped
+    assert not rewards.groups(alone)
 
 
 def test_a_broken_part_is_named(write: Any, images: torch.Tensor) -> None:

@@ -157,6 +157,27 @@ def test_a_function_without_an_opinion(tmp_path: Path):
             score_texts(remote, ["p", "q"], ["abc", ""])
 
 
+class Crowd(Probe):
+    """How many pictures of its prompt came with a picture, itself included."""
+
+    grouped = True
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
+        self.sizes.append(len(prompts))
+        return torch.tensor([float(prompts.count(prompt)) for prompt in prompts])
+
+
+def test_pictures_of_a_prompt_come_in_one_request_where_they_are_compared():
+    crowd, prompts = Crowd(), ["a", "b", "a", "c", "b", "a"]
+    with hosted(crowd, max_batch=3) as url:
+        remote = rewards.load(f"remote:{url}{QUICK}")
+        assert remote.grouped
+        assert score(remote, torch.rand(6, 3, 4, 4), prompts).tolist() == [3, 2, 3, 1, 2, 3]
+        assert crowd.sizes == [3, 3]
+        with pytest.raises(RewardError, match=r"takes 3 at a time; 'a' has 4: start it with a larger --max-batch"):
+            score(remote, torch.rand(4, 3, 4, 4), ["a"] * 4)
+
+
 # ---------------------------------------------------------------- what the reward got wrong
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import pytest
 import torch
 
 from diffalign import checkpoint, rewards
+from diffalign.config_loading import dump
 from diffalign.errors import ConfigError
 from diffalign.jobs.image import ImageJob
 from diffalign.losses import SRPO, DRaFT, ReFL
@@ -283,6 +288,44 @@ def test_gradients_are_averaged_over_processes_where_the_wrapper_is_not_called()
 
     average_gradients(Two(), [parameter, torch.nn.Parameter(torch.zeros(1))])  # type: ignore[arg-type]
     assert parameter.grad.tolist() == [2.0, 4.0]
+
+
+def test_two_processes_equal_one(config_of: Any, adapter_of: Any, tmp_path: Path) -> None:
+    """Walks of random length, guidance, noise at every step, checkpoints, two micro-batches; prompts come again."""
+    rollout = {"eta": 1.0, "guidance_scale": 2.0, "checkpoint_steps": True}
+    training = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 2}
+    one = train(config_of("one", "align_prop", training=training, rollout=rollout)).run_dir
+    shared = training | {"train_batch_size": 1}
+    file = tmp_path / "two.yaml"
+    file.write_text(dump(config_of("two", "align_prop", training=shared, rollout=rollout)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # What torchrun and accelerate launch set.
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    world |= {"PYTHONPATH": str(Path(__file__).parent.parent.parent), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "diffalign", "train", str(file)],
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        messages = [process.communicate(timeout=400)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], messages
+    same(adapter_of(one), adapter_of(tmp_path / "two"), atol=2e-5)
+    for a, b in zip(*(read_rows(folder / "metrics.jsonl") for folder in (one, tmp_path / "two")), strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert (a["samples"], a["count"]) == (b["samples"], b["count"])
 
 
 def test_what_cannot_be_differentiated_is_refused_at_once(config_of: Any, tmp_path: Path) -> None:
