@@ -54,6 +54,7 @@ CHARTS = (
     Chart("Size of the advantage", (("advantage/abs", ""),)),
     Chart("Gradient norm", (("grad_norm", ""),), log=True),
     Chart("Learning rate", (("learning_rate", ""),), smoothed=False),
+    Chart("Learning rate of the text encoders", (("text_encoder_learning_rate", ""),), smoothed=False),
     *(Chart(f"{unit.capitalize()} per second", ((f"{unit}_per_second", ""),)) for unit in UNITS),
     Chart("Memory in GB", (("memory_gb", ""),)),
 )

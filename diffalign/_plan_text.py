@@ -69,8 +69,13 @@ def _model(plan: Plan) -> Iterator[str]:
         yield _row(f"{name} parameters", f"{count:>15,}")
     targets = plan.lora_targets if isinstance(plan.lora_targets, str) else ", ".join(plan.lora_targets)
     adapter = f"gates over {plan.lora_experts} experts" if plan.lora_experts else f"LoRA r{plan.lora_rank} on {targets}"
-    yield _row(adapter, f"{plan.network.lora_parameters:>15,}  parameters, trained")
-    yield _row("", f"{plan.network.lora_modules:>15,}  modules")
+    if plan.lora_rank or plan.lora_experts:
+        yield _row(adapter, f"{plan.network.lora_parameters:>15,}  parameters, trained")
+        yield _row("", f"{plan.network.lora_modules:>15,}  modules")
+    if plan.text_encoders is not None:
+        name = f"LoRA r{plan.lora_text_rank} on text encoders"
+        yield _row(name, f"{plan.text_encoders.lora_parameters:>15,}  parameters, trained")
+        yield _row("", f"{plan.text_encoders.lora_modules:>15,}  modules")
     yield _row("latent", " x ".join(map(str, plan.latent_shape)))
 
 

@@ -62,6 +62,9 @@ _TRAINED = (
     "init",
     "use_rslora",
     "use_dora",
+    "text_encoder_rank",
+    "text_encoder_alpha",
+    "text_encoder_targets",
 )  # of experts, they are in their files
 
 
@@ -73,12 +76,15 @@ def check_lora(config: LoraConfig) -> None:
             or dropout out of range; for fused experts, settings that nothing would read.
     """
     _check_experts(config)
-    if config.rank < 1:
+    _check_text_encoders(config)
+    if config.rank < 1 and not (config.rank == 0 and config.text_encoder_rank):
         raise ConfigError(f"lora.rank: got {config.rank}; expected a whole number of at least 1, such as 16")
-    if config.alpha is not None and not 0 < config.alpha < float("inf"):
-        raise ConfigError(
-            f"lora.alpha: got {config.alpha}; expected a positive number (0 would never act), or null for alpha = rank"
-        )
+    for key in ("alpha", "text_encoder_alpha"):
+        alpha = getattr(config, key)
+        if alpha is not None and not 0 < alpha < float("inf"):
+            raise ConfigError(
+                f"lora.{key}: got {alpha}; expected a positive number (0 would never act), or null for alpha = rank"
+            )
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"lora.dropout: got {config.dropout}; expected a share in [0, 1)")
     init = config.init.lower()
@@ -95,10 +101,31 @@ def check_lora(config: LoraConfig) -> None:
     if init not in _SAFE_INITS:
         near = did_you_mean(config.init, _SAFE_INITS)
         raise ConfigError(f"lora.init: {config.init!r} is not known{near} Known: {', '.join(_SAFE_INITS)}")
-    if init == "orthogonal" and config.rank % 2:
-        raise ConfigError(f"lora.rank: 'orthogonal' needs an even rank, got {config.rank}; use {config.rank + 1}")
+    for key in ("rank", "text_encoder_rank"):
+        rank = getattr(config, key)
+        if init == "orthogonal" and rank % 2:
+            raise ConfigError(f"lora.{key}: 'orthogonal' needs an even rank, got {rank}; use {rank + 1}")
     if init == "mica" and config.use_dora:
         raise ConfigError("lora.init: 'mica' cannot be combined with use_dora; use 'gaussian' or turn use_dora off")
+
+
+def _check_text_encoders(config: LoraConfig) -> None:
+    plain = LoraConfig()
+    if config.text_encoder_rank < 0:
+        raise ConfigError(
+            f"lora.text_encoder_rank: got {config.text_encoder_rank}; expected a whole number such as 16, or 0 for none"
+        )
+    which, unread = ("text_encoder_rank", ("text_encoder_alpha", "text_encoder_targets"))
+    if config.text_encoder_rank and not config.rank:
+        which, unread = "rank", ("alpha", "targets")
+    for name in unread if not (config.rank and config.text_encoder_rank) else ():
+        if getattr(config, name) != getattr(plain, name):
+            raise ConfigError(f"lora.{name}: has no effect with lora.{which} 0; set that, or remove this")
+    if config.text_encoder_rank and config.use_dora:
+        raise ConfigError(
+            "lora.use_dora: got true; adapters of text encoders are plain ones here: set it to false, or "
+            "lora.text_encoder_rank to 0"
+        )
 
 
 def _check_experts(config: LoraConfig) -> None:
@@ -150,12 +177,13 @@ def head_path(network: nn.Module) -> str | None:
     return next((path for path, module in network.named_modules() if module is head), None) if head else None
 
 
-def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str]:
+def target_modules(network: nn.Module, targets: str | Sequence[str], key: str = "lora.targets") -> list[str]:
     """The exact paths of the layers that `targets` names, in the network's order.
 
     Args:
         network: the network that adapters are for.
         targets: a preset ("attention", "attention+ff", "all"), a name ending such as "to_q", or a list of both.
+        key: the setting that names them, for messages.
 
     Raises:
         ConfigError: a target that no linear or convolution layer ends with, or that names a language model's output
@@ -165,17 +193,17 @@ def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str
     paths = [path for path in base_layers(network) if path != head and not _is_unread(network, path)]
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
     if not wanted:
-        raise ConfigError(f"lora.targets: the list is empty; expected one of {', '.join(PRESETS)}, or name endings")
+        raise ConfigError(f"{key}: the list is empty; expected one of {', '.join(PRESETS)}, or name endings")
     chosen: set[str] = set()
     for target in wanted:
         if head is not None and target not in PRESETS and _ends_with(head, (target,)):
             raise ConfigError(
-                f"lora.targets: {target!r} is the output projection, which stays frozen (log-probabilities are computed "
+                f"{key}: {target!r} is the output projection, which stays frozen (log-probabilities are computed "
                 f"from it in chunks); presets without it: {', '.join(PRESETS)}"
             )
         hits = [path for path in paths if _is_target(network, path, target)]
         if not hits:
-            raise ConfigError(_no_such_target(target, paths))
+            raise ConfigError(f"{key}: {_no_such_target(target, paths)}")
         chosen.update(hits)
     return [path for path in paths if path in chosen]
 
@@ -219,7 +247,7 @@ def _no_such_target(target: str, paths: Sequence[str]) -> str:
     near = did_you_mean(target, [*PRESETS, *endings])
     common = ", ".join(sorted(e for e, _ in Counter(".".join(_tail(p)) for p in parts).most_common(8)))
     return (
-        f"lora.targets: no linear or convolution layer ends with {target!r}{near} "
+        f"no linear or convolution layer ends with {target!r}{near} "
         f"Presets: {', '.join(PRESETS)}; endings here: {common or 'none'}"
     )
 

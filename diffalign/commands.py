@@ -16,7 +16,7 @@ import torch
 
 from diffalign import adapters, checkpoint, evaluate, export, plugins, preflight
 from diffalign.config import RunConfig
-from diffalign.data.loader import BatchPlan, PairMicroBatches
+from diffalign.data.loader import BatchPlan, PairMicroBatches, TokenizedPairs
 from diffalign.data.pipeline import iterate, split_held_out
 from diffalign.data.prepare import REPORT, make_world_pairs, prepare
 from diffalign.data.prompts import load_prompts
@@ -30,6 +30,7 @@ from diffalign.outputs import held_out_result
 from diffalign.policy import Policy
 from diffalign.progress import Progress
 from diffalign.sampling import Sampler, save_png
+from diffalign.text_encoders import attach, trains_text
 
 
 def is_text(config: RunConfig) -> bool:
@@ -47,18 +48,30 @@ def load_adapter(family: DenoisingFamily, config: RunConfig, path: Path) -> dict
     Raises:
         CheckpointError: it does not fit, or the checkpoint belongs to another config.
     """
+    network = family.with_text_encoders() if adapts_text(family, config, path) else family.adapted
     if not (path / "manifest.json").is_file():
-        info = export.load_lora(family.network, path, family=config.model.family)
+        info = export.load_lora(network, path, family=config.model.family)
         ours = {k.removeprefix("diffalign."): v for k, v in info.metadata.items() if k.startswith("diffalign.")}
         return ours | {"role": info.role}
     found = checkpoint.load(path, config)
-    params = adapters.attach(family.network, config.lora)
-    adapters.load_state_dict(family.network, found.adapter)
+    params = attach(network, config.lora)
+    adapters.load_state_dict(network, found.adapter)
     if "ema" in found.state:  # the average is what a run samples and saves
         with torch.no_grad():
             for param, average in zip(params, found.state["ema"]["shadow_params"], strict=True):
                 param.copy_(average)
     return {"step": str(found.step), "base": config.model.pretrained, "role": "positive"}
+
+
+def adapts_text(family: DenoisingFamily, config: RunConfig, path: Path) -> bool:
+    """Whether an adapter, as `load_adapter` takes it, has a part for text encoders that can carry it here.
+
+    Raises:
+        CheckpointError: no such adapter.
+    """
+    if (path / "manifest.json").is_file():
+        return trains_text(config.lora)
+    return bool(family.text_encoders) and export.adapts_text(path)
 
 
 def build_cache(config: RunConfig) -> str:
@@ -102,7 +115,9 @@ def generate(
     require_writable(out)
     accelerator = make_accelerator(config.training, config.output_dir)
     family = open_denoising(config, accelerator)
-    sampler = Sampler(family, texts, config.sampling, config.data.resolution, frames=config.data.num_frames)
+    side, frames = config.data.resolution, config.data.num_frames
+    tokens = adapter is not None and adapts_text(family, config, adapter)
+    sampler = Sampler(family, texts, config.sampling, side, frames=frames, tokens=tokens)
     family.load(NETWORK)
     if adapter is not None:
         load_adapter(family, config, adapter)
@@ -136,16 +151,18 @@ def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, A
     fraction, objective = config.evaluation.held_out_fraction, config.objective
     data = prepare(config, family, accelerator).data if fraction and objective.reads_reference() else None
     autocast = accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
-    sampler = Sampler(family, texts, config.sampling, config.data.resolution, autocast, config.data.num_frames)
+    side, frames, tokens = config.data.resolution, config.data.num_frames, adapts_text(family, config, adapter)
+    sampler = Sampler(family, texts, config.sampling, side, autocast, frames, tokens=tokens)
     family.load(NETWORK)
     load_adapter(family, config, adapter)
     evaluation, _, _ = evaluate.compare(sampler, config.evaluation, accelerator.device)
     result = evaluation.headline() | {"adapter": str(adapter)}
     if data is not None:
+        data = TokenizedPairs(data, family) if tokens else data
         _, held_out = split_held_out(data.prompts, fraction)
         plan = BatchPlan(range(len(data)), data.target_sizes, 1, config.seed)
         dataset = PairMicroBatches(data, plan, config.denoising, family, config.seed)
-        policy = Policy(family, family.network, autocast=autocast, denoising=config.denoising)
+        policy = Policy(family, family.adapted, autocast=autocast, denoising=config.denoising)
         result |= held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
     atomic_write_text(out, json.dumps(result, indent=1))
     return result
@@ -162,7 +179,7 @@ def export_adapter(config: RunConfig, adapter: Path | None, out: Path, fp16: boo
             raise CheckpointError(f"{config.output_dir} holds no checkpoint; give --adapter FILE")
     metadata = load_adapter(family, config, adapter)
     dtype = torch.float16 if fp16 else torch.float32
-    files = export.save_lora(family.network, None, out, family=config.model.family, metadata=metadata, dtype=dtype)
+    files = export.save_lora(family.adapted, None, out, family=config.model.family, metadata=metadata, dtype=dtype)
     return list(files.values())
 
 

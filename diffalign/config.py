@@ -437,7 +437,7 @@ class LoraConfig:
     """The adapter, in peft's terms.
 
     Attributes:
-        rank: LoRA rank r.
+        rank: LoRA rank r. 0: none on the network, where the text encoders have one (TexForce).
         alpha: scale is alpha / rank (alpha / sqrt(rank) with `use_rslora`). None means alpha = rank.
         targets: "attention" (queries, keys, values and outputs, of a transformer's text side, too), "attention+ff", "all"
             (every linear and convolution of the blocks), or a list of module name endings.
@@ -446,6 +446,10 @@ class LoraConfig:
             Initialisations that change the base weights ("pissa", "olora", "corda", "eva", "loftq") are refused.
         use_rslora: rank-stabilised scale.
         use_dora: weight-decomposed LoRA.
+        text_encoder_rank: images: rank of an adapter on the CLIP text encoders (families sd, sdxl and sd3; never T5), with
+            `dropout`, `init` and `use_rslora` of this section; 0: none, text is encoded once. TexForce: 16.
+        text_encoder_alpha: as `alpha`.
+        text_encoder_targets: as `targets`; "attention" is q_proj, k_proj, v_proj and out_proj.
         experts: LoRA files in diffusers' naming, or their run folders, to be fused: they are frozen, and what is trained are
             gates that weigh them in every layer and at every time (TLPO's second stage; experimental). Other keys of this
             section then are those of the files.
@@ -461,6 +465,9 @@ class LoraConfig:
     init: str = "gaussian"
     use_rslora: bool = False
     use_dora: bool = False
+    text_encoder_rank: int = 0
+    text_encoder_alpha: float | None = None
+    text_encoder_targets: str | tuple[str, ...] = "attention"
     experts: tuple[str, ...] = ()
     gate: Literal["softmax", "sigmoid"] = "softmax"
     gate_features: int = 8
@@ -508,6 +515,8 @@ class TrainingConfig:
 
     Attributes:
         learning_rate: the value in use; nothing is multiplied into it.
+        text_encoder_learning_rate: of the adapter on the text encoders, where the network has one, too; null: the same. The
+            schedule's shape is that of `learning_rate`.
         train_batch_size: pairs per device and micro-batch. "auto" picks what fits the device's memory; then
             `gradient_accumulation_steps` is read as the number of pairs per device and step, and divided by it.
         gradient_accumulation_steps: micro-batches per optimiser step.
@@ -536,6 +545,7 @@ class TrainingConfig:
     """
 
     learning_rate: float = 1e-5
+    text_encoder_learning_rate: float | None = None
     train_batch_size: int | Literal["auto"] = 1
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 1000

@@ -33,12 +33,16 @@ from diffalign import adapters
 from diffalign.config import LoraConfig
 from diffalign.errors import CheckpointError
 from diffalign.lora_format import (
+    TEXT_MODEL,
     format_of,
     halves_swapped,
     kohya_layers,
     kohya_metadata,
     modelspec_metadata,
+    text_kohya_names,
+    text_part,
 )
+from diffalign.text_encoders import TextConditioned, network_lora, text_lora
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +64,6 @@ _SUFFIXES = {
     ".dora_scale": "magnitude",
     ".lora_magnitude_vector": "magnitude",
 }
-_TEXT_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ def save_lora(
     The second file is left out, with a warning, if the adapter has layers or magnitudes that it has no name for.
 
     Args:
-        network: the network that carries it; its ranks, alphas and options are what is written.
+        network: the network that carries it, or a `TextConditioned`; its ranks, alphas and options are what is written.
         lora: what it was attached with, compared with the network; None skips that.
         out_dir: folder, made if missing. Files appear whole or not at all.
         family: its name; see `lora_format.FORMATS`.
@@ -135,18 +138,22 @@ def save_lora(
 
         return {"gated": save_gated(network, Path(out_dir), facts=facts, dtype=dtype)}
     own = adapters.state_dict(network, name)
-    settings = _settings(network, name)
-    if lora is not None:
-        _check_same(lora, settings)
     if state is not None:
         adapters.check_state(own, state, "the state to export")
     tensors = {key: cast(key, (own if state is None else state)[key], dtype) for key in own}
-    kohya = _to_kohya(network, name, tensors, family)
+    parts = _parts(network, name, tensors, family)
+    if lora is not None:
+        for part in parts:
+            _check_same(network_lora(lora) if part.is_network else text_lora(lora), part.settings)
+    kohya = _all_to_kohya(parts, name, family)
+    settings = parts[0].settings
+    network = network.network if isinstance(network, TextConditioned) else network
 
-    prefix = format_of(network, family).prefix
-    plain = {f"{prefix}.{key}": value for key, value in tensors.items()}
+    plain = {f"{part.prefix}.{part.file_path(key)}": value for part in parts for key, value in part.tensors.items()}
     ours = {f"diffalign.{key}": value for key, value in facts.items()}
-    header = json.dumps({f"{prefix}.{key}": value for key, value in settings.items()}, sort_keys=True)
+    header = json.dumps(
+        {f"{part.prefix}.{key}": value for part in parts for key, value in part.settings.items()}, sort_keys=True
+    )
     diffusers_file, kohya_file = Path(out_dir) / FILE_NAME, Path(out_dir) / KOHYA_NAME
     spec = modelspec_metadata(network, family, facts, plain)
     write_file(diffusers_file, plain, {"format": "pt", _ADAPTER_KEY: header} | spec | ours)
@@ -159,6 +166,74 @@ def save_lora(
         kohya_file, kohya, {"format": "pt"} | kohya_metadata(network, family, facts, settings, kohya) | spec | ours
     )
     return {"diffusers": diffusers_file, "kohya": kohya_file}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """An adapted module of a file: the network, or a text encoder.
+
+    Attributes:
+        prefix: of its keys.
+        module: with the adapter.
+        is_network: False for a text encoder.
+        tensors: the adapter's, by peft's keys.
+        settings: peft's arguments, as the file has them.
+    """
+
+    prefix: str
+    module: nn.Module
+    is_network: bool
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+
+    def file_path(self, key: str) -> str:
+        """A layer's path, or what begins with one, as files have it."""
+        return key if self.is_network else f"{TEXT_MODEL}{key.removeprefix(TEXT_MODEL)}"
+
+
+def _parts(network: nn.Module, name: str, tensors: Mapping[str, Tensor], family: str) -> list[_Part]:
+    """The adapted modules, the network first; `tensors` have the keys of `adapters.state_dict`."""
+    if not isinstance(network, TextConditioned):
+        prefix, settings = format_of(network, family).prefix, _settings(network, name)
+        return [_Part(prefix=prefix, module=network, is_network=True, tensors=dict(tensors), settings=settings)]
+    found = []
+    for part, module in network.parts.items():
+        own = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
+        if not own:
+            continue
+        settings, is_network = _settings(module, name), part == network.part
+        if not is_network:  # peft takes endings of paths: these fit with and without `text_model`
+            settings["target_modules"] = [path.removeprefix(TEXT_MODEL) for path in settings["target_modules"]]
+        prefix = format_of(module, family).prefix if is_network else part
+        found.append(_Part(prefix=prefix, module=module, is_network=is_network, tensors=own, settings=settings))
+    return found
+
+
+def _all_to_kohya(parts: Sequence[_Part], name: str, family: str) -> dict[str, Tensor] | None:
+    """The parts' tensors under kohya's names; None where one of them has none."""
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        if part.is_network:
+            tensors = _to_kohya(part.module, name, part.tensors, family)
+        else:
+            tensors = _text_to_kohya(part, name, family)
+        if tensors is None:
+            return None
+        found |= tensors
+    return found
+
+
+def _text_to_kohya(part: _Part, name: str, family: str) -> dict[str, Tensor] | None:
+    """A text encoder's tensors under kohya's names, with each layer's alpha; None: no such naming."""
+    names = text_kohya_names(part.module, family, part.prefix)
+    found: dict[str, Tensor] = {}
+    for path, layer in adapters.lora_layers(part.module, name).items():
+        if path not in names:
+            return None
+        found[f"{names[path]}.lora_down.weight"] = part.tensors[f"{path}.lora_A.weight"]
+        found[f"{names[path]}.lora_up.weight"] = part.tensors[f"{path}.lora_B.weight"]
+        found[f"{names[path]}.alpha"] = torch.tensor(adapters.scale(layer, name) * layer.r[name], dtype=torch.float32)
+    return found
 
 
 def _settings(network: nn.Module, name: str) -> dict[str, Any]:
@@ -344,7 +419,8 @@ def load_lora(
     Everything is checked before the network is touched, and every tensor of the file is used.
 
     Args:
-        network: the base, or one with other adapters; it is frozen.
+        network: the base, or one with other adapters; it is frozen. For files that adapt text encoders, too, a
+            `TextConditioned` (`family.with_text_encoders()`).
         path: file or run folder.
         family: its name.
         name: what the adapter is called here; it becomes the only active one.
@@ -362,28 +438,32 @@ def load_lora(
         _check_family(file, metadata, family)
         return load_gated(network, file, name=name, trainable=trainable)
     origin = _origin(metadata)
-    style = "kohya" if any(key.startswith(("lora_unet_", *_TEXT_PREFIXES[:3])) for key in tensors) else "diffusers"
-    if style == "kohya":
-        tensors = _take_apart(network, family, tensors)
-    layers = _group(file, tensors, style, network, family, origin)
-    _check_shapes(file, layers, network, f"a {family} network", origin)
+    style = "kohya" if any(key.startswith(("lora_unet_", "lora_te")) for key in tensors) else "diffusers"
+    found = [
+        _read_part(file, part, module, own, metadata, style, family, origin)
+        for part, module, own in _tensors_by_part(file, network, tensors)
+    ]
     _check_family(file, metadata, family)
-    prefix = f"{format_of(network, family).prefix}."
-    settings = _read_settings(file, metadata, prefix) if style == "diffusers" else {}
-    ranks = {path: layer.a.shape[0] for path, layer in layers.items()}
-    alphas = {path: _alpha(path, layer, settings) for path, layer in layers.items()}
-    if style == "diffusers" and not settings and all(layer.alpha is None for layer in layers.values()):
+    silent = all(not one.settings and layer.alpha is None for one in found for layer in one.layers.values())
+    if style == "diffusers" and silent:
         logger.info("%s: no alpha in the file; alpha = rank, as diffusers reads it", file)
 
-    adapters.attach_modules(
-        network,
-        ranks,
-        alphas,
-        use_rslora=bool(settings.get("use_rslora", False)),
-        use_dora=any(layer.magnitude is not None for layer in layers.values()),
-        name=name,
-    )
-    adapters.load_state_dict(network, _to_peft(layers), name)
+    ranks: list[int] = []
+    alphas: list[float] = []
+    for one in found:
+        layers, settings = one.layers, one.settings
+        own_ranks = {path: layer.a.shape[0] for path, layer in layers.items()}
+        own_alphas = {path: _alpha(path, layer, settings) for path, layer in layers.items()}
+        ranks, alphas = [*ranks, *own_ranks.values()], [*alphas, *own_alphas.values()]
+        adapters.attach_modules(
+            one.module,
+            own_ranks,
+            own_alphas,
+            use_rslora=bool(settings.get("use_rslora", False)),
+            use_dora=any(layer.magnitude is not None for layer in layers.values()),
+            name=name,
+        )
+        adapters.load_state_dict(one.module, _to_peft(layers), name)
     if not trainable:
         for parameter in adapters.parameters(network, name):
             parameter.requires_grad_(False)
@@ -398,12 +478,80 @@ def load_lora(
         path=file,
         style=style,
         name=name,
-        modules=len(layers),
-        rank=Counter(ranks.values()).most_common(1)[0][0],
-        alpha=Counter(alphas.values()).most_common(1)[0][0],
+        modules=len(ranks),
+        rank=Counter(ranks).most_common(1)[0][0],
+        alpha=Counter(alphas).most_common(1)[0][0],
         role=role,
         metadata=metadata,
     )
+
+
+def adapts_text(path: Path) -> bool:
+    """Whether an adapter file, or a run folder's, has a part for text encoders.
+
+    Raises:
+        CheckpointError: no such file, or not a safetensors file.
+    """
+    return any(text_part(key) for key in read_file(find_file(path), tensors=True)[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What a file has for one module: its layers, and peft's settings (empty where the file has none)."""
+
+    module: nn.Module
+    layers: dict[str, _Layer]
+    settings: dict[str, Any]
+
+
+def _tensors_by_part(
+    file: Path, network: nn.Module, tensors: Mapping[str, Tensor]
+) -> list[tuple[str, nn.Module, dict[str, Tensor]]]:
+    """(part, module, tensors) of a file; the network's part is "". A network alone has all of them."""
+    split: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        split.setdefault(text_part(key) or "", {})[key] = tensor
+    modules = {"": network}
+    if isinstance(network, TextConditioned):
+        modules = {"": network.network} | network.encoders
+    if beyond := [part for part in split if part not in modules]:
+        key = next(iter(split[beyond[0]]))
+        raise CheckpointError(
+            f"{file}: {key!r} adapts {beyond[0]}, which cannot carry an adapter here; expected a family with CLIP text "
+            "encoders (sd, sdxl, sd3) and what its with_text_encoders() returns, or a file of the network's part only"
+        )
+    # A file without tensors is the network's, where it is refused.
+    return [(part, modules[part], own) for part, own in (split or {"": {}}).items()]
+
+
+def _read_part(
+    file: Path,
+    part: str,
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    style: str,
+    family: str,
+    origin: str,
+) -> _Found:
+    """Check what a file has for a module."""
+    if not part:
+        prefix, what = f"{format_of(module, family).prefix}.", f"a {family} network"
+        if style == "kohya":
+            tensors = _take_apart(module, family, tensors)
+        lookup = {path: path for path in adapters.base_layers(module)}
+        if style == "kohya":
+            kinds = (family,) if prefix != "unet." else ("sd", "sdxl")
+            lookup |= {name: paths[0] for kind in kinds for name, paths in kohya_layers(module, kind).items()}
+    else:
+        prefix, what = f"{part}.", f"{part} of family {family!r}"
+        lookup = {f"{TEXT_MODEL}{path.removeprefix(TEXT_MODEL)}": path for path in adapters.base_layers(module)}
+        lookup |= {path.removeprefix(TEXT_MODEL): path for path in adapters.base_layers(module)}
+        lookup |= {name: path for path, name in text_kohya_names(module, family, part).items()}
+    layers = _group(file, tensors, style, lookup, prefix, what, origin)
+    _check_shapes(file, layers, module, what, origin)
+    settings = _read_settings(file, metadata, prefix) if style == "diffusers" else {}
+    return _Found(module=module, layers=layers, settings=settings)
 
 
 def _check_family(file: Path, metadata: Mapping[str, str], family: str) -> None:
@@ -419,29 +567,36 @@ def _origin(metadata: Mapping[str, str]) -> str:
 
 
 def _group(
-    file: Path, tensors: Mapping[str, Tensor], style: str, network: nn.Module, family: str, origin: str
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    style: str,
+    lookup: Mapping[str, str],
+    prefix: str,
+    what: str,
+    origin: str,
 ) -> dict[str, _Layer]:
-    """The file's tensors by layer path."""
-    prefix = f"{format_of(network, family).prefix}."
+    """The file's tensors by layer path.
+
+    Args:
+        file: for messages.
+        tensors: by the file's keys.
+        style: "diffusers" or "kohya".
+        lookup: a layer's path by what the file may call it, after the prefix.
+        prefix: of keys in diffusers' style.
+        what: the module, for messages.
+        origin: what the file is for.
+    """
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors; expected a LoRA file")
-    lookup = {path: path for path in adapters.base_layers(network)}
-    if style == "kohya":
-        kinds = (family,) if format_of(network, family).prefix != "unet" else ("sd", "sdxl")
-        lookup |= {name: paths[0] for kind in kinds for name, paths in kohya_layers(network, kind).items()}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if key.startswith(_TEXT_PREFIXES):
-            raise CheckpointError(
-                f"{file}: {key!r} adapts a text encoder, which is not supported; keep the network's part only"
-            )
         suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
         if suffix is None:
             raise CheckpointError(f"{file}: {key!r} is no LoRA tensor (LoHa, LoKr and others are not supported)")
         module = key.removesuffix(suffix).removeprefix(prefix)
         if module not in lookup:
             raise CheckpointError(
-                f"{file}: {key!r} fits no layer of a {family} network; the file is for {origin}; load it into that"
+                f"{file}: {key!r} fits no layer of {what}; the file is for {origin}; load it into that"
             )
         part = parts.setdefault(lookup[module], {})
         if _SUFFIXES[suffix] in part:
@@ -539,7 +694,8 @@ def _read_settings(file: Path, metadata: Mapping[str, str], prefix: str) -> dict
         ) from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file}: {_ADAPTER_KEY} in its metadata is no JSON object; the file is damaged")
-    return {key.removeprefix(prefix): value for key, value in settings.items()}
+    mine = {key: value for key, value in settings.items() if (text_part(key) or "") == (text_part(prefix) or "")}
+    return {key.removeprefix(prefix): value for key, value in mine.items()}
 
 
 def _alpha(path: str, layer: _Layer, settings: Mapping[str, Any]) -> float:

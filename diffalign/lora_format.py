@@ -17,6 +17,10 @@ ComfyUI also reads the diffusers file of SD3, FLUX, Qwen-Image and PixArt, but n
 diffusers has no LoRA loader for PixArt: `diffalign.export.load_lora` puts the file into the transformer. What is said of
 ComfyUI, sd-scripts and musubi-tuner is from reading their code; none of them was run.
 
+Adapters of text encoders go into the same two files: `text_encoder.text_model.` and `text_encoder_2.text_model.` and the
+layer's path, whether this version of transformers has a `text_model` in it or not, and `lora_te_` (sd) or `lora_te1_` and
+`lora_te2_` (sdxl, sd3). diffusers converts SDXL's and SD1.x's second file with them, by its code.
+
 Layers that the original code has as one are written as one: factors A on top of each other, factors B in a block
 diagonal, ranks filled up with zeros to the largest. That is exact, and diffusers takes it apart again exactly.
 
@@ -207,6 +211,45 @@ def format_of(network: nn.Module, family: str) -> Format:
         return FORMATS[family]
     prefix = "unet" if type(network).__name__.startswith("UNet") else "transformer"
     return Format(prefix, _always(Path(family).stem, 1024, "diffusers"))
+
+
+# Beginnings of kohya's names of text encoders' layers, by family and part.
+KOHYA_TEXT: Mapping[str, Mapping[str, str]] = {
+    "sd": {"text_encoder": "lora_te"},
+    "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    "sd3": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+}
+# What the keys of a text encoder's layers begin with, in either style -> the part.
+TEXT_KEYS: Mapping[str, str] = {
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+TEXT_MODEL = "text_model."  # around a CLIP text model's layers in every file; in the module, by version of transformers
+
+
+def text_part(key: str) -> str | None:
+    """The text encoder that a file's key is about; None: the network."""
+    return next((part for prefix, part in TEXT_KEYS.items() if key.startswith(prefix)), None)
+
+
+def text_kohya_names(encoder: nn.Module, family: str, part: str) -> dict[str, str]:
+    """Kohya module names of a text encoder's layers by path; none where the family has no such naming.
+
+    Args:
+        encoder: with or without adapters.
+        family: of `FORMATS`.
+        part: "text_encoder" or "text_encoder_2".
+    """
+    prefix = KOHYA_TEXT.get(family, {}).get(part)
+    if prefix is None:
+        return {}
+    return {
+        path: f"{prefix}_{TEXT_MODEL}{path.removeprefix(TEXT_MODEL)}".replace(".", "_")
+        for path in adapters.base_layers(encoder)
+    }
 
 
 def kohya_names(network: nn.Module, family: str) -> dict[str, str]:

@@ -23,17 +23,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from diffalign.adapters import lora_layers
 from diffalign.architecture import Architecture
 from diffalign.config import LoraConfig
+from diffalign.errors import ConfigError
 from diffalign.families._pipeline import PipelineFamily
-from diffalign.families.published import build_from_config
+from diffalign.families.published import MAX_TOKENS, build_from_config
+from diffalign.text_encoders import PREFIX, ZEROS, attach_text, network_lora, trains_text
 
 CLIP_ENCODERS = ("AutoencoderKLCogVideoX", "AutoencoderKLQwenImage", "AutoencoderKLWan")  # an image is a clip to them
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkCost:
-    """One image or clip through a network with a LoRA adapter.
+    """One image or clip through a network with a LoRA adapter, or without one where text encoders are trained alone.
 
     Attributes:
         parameters: of the frozen network.
@@ -42,7 +45,8 @@ class NetworkCost:
         lora_parameters: trainable numbers.
         forward_flops: reference pass, adapters off.
         policy_forward_flops: forward pass with adapters.
-        backward_flops: backward pass through adapters; frozen layers need no weight gradient.
+        backward_flops: backward pass through adapters, and to the text where its encoders are trained; frozen layers need
+            no weight gradient.
         saved_bytes: kept for the backward pass without checkpointing.
         checkpoint_bytes: kept with checkpointing of every block that diffusers checkpoints.
         transient_bytes: what the largest checkpointed block keeps while it is recomputed.
@@ -187,7 +191,9 @@ class _Call:
     def __hash__(self) -> int:
         return hash(self.key)
 
-    def forward(self, network: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def forward(
+        self, network: Any, shape: tuple[int, ...], dtype: torch.dtype, *, text_gradient: bool = False
+    ) -> Tensor:
         def empty(*sides: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(1, *sides, device="meta", dtype=dtype)
 
@@ -197,6 +203,9 @@ class _Call:
             name: empty(*sides, dtype=torch.float32 if name in exact else dtype)
             for name, sides in self.conditioning.items()
         }
+        if text_gradient:
+            for name in told.keys() - set(exact):
+                told[name].requires_grad_()
         return self.family.predict(network, empty(*shape, dtype=dtype), empty(dtype=torch.float32), told)
 
 
@@ -208,8 +217,10 @@ def _measure_network(call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtyp
     parameters = sum(p.numel() for p in network.parameters())
     weight_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
     low = None if dtype == torch.float32 else dtype
-    attach(network, lora)
-    modules, lora_parameters = count(network, "default")
+    modules, lora_parameters = 0, 0
+    if lora.rank or lora.experts:
+        attach(network, network_lora(lora))
+        modules, lora_parameters = count(network, "default")
 
     saved = _Saved({p.untyped_storage()._cdata for p in network.parameters()})
     network.train()  # diffusers calls the checkpointing function only in training mode
@@ -217,7 +228,7 @@ def _measure_network(call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtyp
     with _Training(low), _Flops() as policy:
         in_adapters = _count_adapters(network, policy)
         with saved.hooks(saved.outside):
-            output = call.forward(network, shape, dtype)
+            output = call.forward(network, shape, dtype, text_gradient=trains_text(lora))
         policy_forward = policy.total
         output.float().mean().backward()
     return NetworkCost(
@@ -236,8 +247,6 @@ def _measure_network(call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtyp
 
 def _count_adapters(network: Any, counter: _Flops) -> list[int]:
     """Let the forward pass append the operations of every adapter's two factors: the reference has all but these."""
-    from diffalign.adapters import lora_layers
-
     found: list[int] = []
 
     def before(module: Any, args: Any) -> None:
@@ -251,6 +260,73 @@ def _count_adapters(network: Any, counter: _Flops) -> list[int]:
             factor.register_forward_pre_hook(before)
             factor.register_forward_hook(after)
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCost:
+    """One prompt through text encoders with adapters.
+
+    Attributes:
+        weight_bytes: of the frozen encoders, with what is stored beside their parameters.
+        lora_modules: layers with an adapter.
+        lora_parameters: trainable numbers.
+        forward_flops: with adapters.
+        backward_flops: through adapters.
+        saved_bytes: kept for the backward pass; text encoders are not checkpointed.
+    """
+
+    weight_bytes: int
+    lora_modules: int
+    lora_parameters: int
+    forward_flops: int
+    backward_flops: int
+    saved_bytes: int
+
+
+def measure_text_encoders(architecture: Architecture, lora: LoraConfig, *, dtype: torch.dtype) -> TextCost | None:
+    """Count one prompt through the text encoders that are trained; None where none are.
+
+    Args:
+        architecture: of the model.
+        lora: the adapter.
+        dtype: of the frozen weights; below float32 counted under autocast to it.
+
+    Raises:
+        ConfigError: a class that cannot be built, targets that name no layer, or a family without such encoders.
+    """
+    family = architecture.family
+    if not trains_text(lora):
+        return None
+    if not family.text_encoders:
+        raise ConfigError(
+            f"lora.text_encoder_rank: got {lora.text_encoder_rank}; family {family.config.family!r} has no text encoders "
+            "that can be trained; remove it"
+        )
+    encoders: dict[str, Any] = {
+        name: build_from_config(architecture.configs[name], device="meta", dtype=dtype) for name in family.text_encoders
+    }
+    found = {name: attach_text(e, lora, unread_last=name in family.last_unread) for name, e in encoders.items()}
+    lengths = {name: int(architecture.configs[name].get("max_position_embeddings", MAX_TOKENS)) for name in encoders}
+    tokens = {
+        f"{PREFIX}{name}": torch.zeros(1, length, dtype=torch.int64, device="meta") for name, length in lengths.items()
+    }
+    tokens[ZEROS] = torch.zeros(1, dtype=torch.int64, device="meta")
+    family.parts |= encoders
+    saved = _Saved({p.untyped_storage()._cdata for e in encoders.values() for p in e.parameters()})
+    with _Training(None if dtype == torch.float32 else dtype), _Flops() as counter:
+        with saved.hooks(saved.outside):
+            outputs = list(family.encode_rows(tokens).values())
+        forward = counter.total
+        torch.stack([output.float().mean() for output in outputs]).sum().backward()
+    frozen = [p for encoder in encoders.values() for p in encoder.parameters() if not p.requires_grad]
+    return TextCost(
+        weight_bytes=sum(p.nbytes for p in frozen),
+        lora_modules=sum(len(lora_layers(encoder)) for encoder in encoders.values()),
+        lora_parameters=sum(p.numel() for params in found.values() for p in params),
+        forward_flops=forward,
+        backward_flops=counter.total - forward,
+        saved_bytes=_size(saved.outside),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

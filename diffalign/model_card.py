@@ -17,6 +17,7 @@ from diffalign.config_loading import to_tree
 from diffalign.errors import did_you_mean
 from diffalign.files import atomic_write_text
 from diffalign.summary import objective_summary
+from diffalign.text_encoders import text_lora, trains_text
 from diffalign.world.names import TINY_BASES
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -147,7 +148,7 @@ def _front_matter(config: RunConfig) -> str:
 def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
     title = getattr(type(config.objective), "title", objective_name(config))
     name = Path(config.output_dir).name or "adapter"
-    what = f"A LoRA adapter (rank {config.lora.rank}, alpha {alpha_of(config):g})"
+    what = _adapter_label(config)
     if config.lora.experts:
         what = f"{len(config.lora.experts)} frozen LoRA experts and gates that fuse them by layer and denoising time (TLPO)"
     return (
@@ -156,6 +157,16 @@ def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
         f"diffalign {__version__}. The base model's weights are unchanged: without "
         "the adapter you have the reference that training started from."
     )
+
+
+def _adapter_label(config: RunConfig) -> str:
+    """What is adapted, with rank and alpha."""
+    lora, own = config.lora, text_lora(config.lora)
+    text = f"(rank {own.rank}, alpha {own.rank if own.alpha is None else own.alpha:g})"
+    if not lora.rank:
+        return f"A LoRA adapter of the text encoders {text}"
+    network = f"A LoRA adapter (rank {lora.rank}, alpha {alpha_of(config):g})"
+    return f"{network} with one of the text encoders {text}" if trains_text(lora) else network
 
 
 def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
@@ -188,9 +199,19 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
             f"{json.dumps(_prompt(config))}\n```"
         )
     if "kohya" in files:
+        strength = "the model. The text encoders were not trained; their strength has no effect."
+        if trains_text(config.lora):
+            strength = "model and clip: the text encoders were trained, too."
+            if not config.lora.rank:
+                strength = "clip: only the text encoders were trained; the model's strength has no effect."
         parts.append(
             f"In ComfyUI, copy `{files['kohya']}` to `models/loras` and add a *Load LoRA* node with strength 1.0 for "
-            "the model. The text encoders were not trained; their strength has no effect."
+            f"{strength}"
+        )
+    if trains_text(config.lora):
+        parts.append(
+            "The adapter changes what every prompt is encoded to, the negative one included: embeddings that were computed "
+            "without it have to be computed again."
         )
     return "\n\n".join(parts)
 
@@ -407,10 +428,7 @@ def _training(config: RunConfig, tree: Mapping[str, Any], latent_elements: int |
         ),
         ("optimiser", f"{training.optimizer}, gradients clipped at {training.max_grad_norm:g}"),
         ("precision", {"no": "float32"}.get(training.mixed_precision, training.mixed_precision)),
-        (
-            "LoRA targets",
-            "those of the experts" if config.lora.experts else str(section_of(tree, "lora").get("targets")),
-        ),
+        *_targets(config, section_of(tree, "lora")),
         ("weights saved", f"moving average, decay {training.ema_decay}" if training.ema_decay else "last step"),
         (
             "resolution",
@@ -421,6 +439,18 @@ def _training(config: RunConfig, tree: Mapping[str, Any], latent_elements: int |
         ("seed", str(config.seed)),
     ]
     return "## Training\n\n" + markdown_table(("setting", "value"), rows) + "\n\nEverything else is in `config.yaml`."
+
+
+def _targets(config: RunConfig, section: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows about what is adapted."""
+    if config.lora.experts:
+        return [("LoRA targets", "those of the experts")]
+    rows = [("LoRA targets", str(section.get("targets")))] if config.lora.rank else []
+    if trains_text(config.lora):
+        rows.append(("LoRA targets, text encoders", str(section.get("text_encoder_targets"))))
+    if (rate := config.training.text_encoder_learning_rate) is not None:
+        rows.append(("learning rate, text encoders", f"{rate:g}"))
+    return rows
 
 
 def _data(tree: Mapping[str, Any], result: Mapping[str, Any] | None, report: Mapping[str, Any] | None) -> str:

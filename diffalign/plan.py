@@ -29,7 +29,14 @@ from diffalign._plan_rollouts import (
 from diffalign.architecture import Architecture, Download, resolve
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
-from diffalign.measure import EncodeCost, NetworkCost, measure_encoder, measure_network
+from diffalign.measure import (
+    EncodeCost,
+    NetworkCost,
+    TextCost,
+    measure_encoder,
+    measure_network,
+    measure_text_encoders,
+)
 from diffalign.sampling.rules import kind_of
 from diffalign.summary import objective_summary
 
@@ -79,7 +86,7 @@ class Memory:
     """Bytes on the training device at the peak of a step.
 
     Attributes:
-        network: frozen weights.
+        network: frozen weights, those of text encoders that are trained included.
         adapter: LoRA weights in float32 with gradients and optimiser states.
         ema: the average's copy.
         encoders: VAE and text encoders with one encoding call, where there is no cache.
@@ -123,6 +130,7 @@ class Plan:
         parameters: by component.
         frames: of a clip; 1 for images.
         network: counts of one image or clip through the network at the training resolution.
+        text_encoders: counts of one prompt through the text encoders that are trained; None where none are.
         latent_shape: (C, h, w), of clips (C, F, h, w).
         setting: micro-batch, accumulation and checkpointing in use, with their memory.
         cache_phase_bytes: on the device while images and prompts are encoded; None without a cache.
@@ -161,7 +169,9 @@ class Plan:
     lora_rank: int
     lora_targets: str | tuple[str, ...]
     lora_experts: int  # that are fused; 0: a new adapter is trained
+    lora_text_rank: int
     network: NetworkCost
+    text_encoders: TextCost | None
     latent_shape: tuple[int, ...]
     setting: Setting
     cache_phase_bytes: int | None
@@ -207,6 +217,7 @@ class _Costs:
         self.network: NetworkCost = measure_network(
             self.architecture, config.lora, shape=self.latent_shape, dtype=self.dtype
         )
+        self.text: TextCost | None = measure_text_encoders(self.architecture, config.lora, dtype=self.dtype)
         self.encoder: EncodeCost = measure_encoder(self.architecture.configs["vae"], resolution, frames)
 
     def memory(self, micro_batch: int, checkpointing: bool) -> Memory:
@@ -215,13 +226,17 @@ class _Costs:
         images = micro_batch * self.images
         kept = images * (network.checkpoint_bytes if checkpointing else network.saved_bytes)
         recomputed = images * network.transient_bytes if checkpointing else 0
+        trained, weights = network.lora_parameters, network.weight_bytes
+        if self.text is not None:  # at most: images of one prompt share what its encoders keep
+            kept += images * self.text.saved_bytes
+            trained, weights = trained + self.text.lora_parameters, weights + self.text.weight_bytes
         states = {"adamw8bit": 2, "adafactor": 0}.get(
             training.optimizer, 8
         )  # bytes per number; Adafactor's are factored
         return Memory(
-            network=network.weight_bytes,
-            adapter=network.lora_parameters * (4 + 4 + states),
-            ema=0 if training.ema_decay is None else network.lora_parameters * 4,
+            network=weights,
+            adapter=trained * (4 + 4 + states),
+            ema=0 if training.ema_decay is None else trained * 4,
             encoders=0 if self.config.cache.enabled or not self.has_pairs else self._encoding(2),
             activations=kept,
             recomputed=recomputed,
@@ -253,6 +268,9 @@ class _Costs:
         reference = network.forward_flops if self.config.objective.reads_reference() else 0
         again = int(checkpointing) + int(checkpoints_steps(self.config))  # blocks in the steps that are computed again
         policy = network.policy_forward_flops * (1 + again) + network.backward_flops
+        if self.text is not None:
+            policy += self.text.forward_flops + self.text.backward_flops
+            reference += self.text.forward_flops if reference else 0
         encode = 0 if self.config.cache.enabled or not self.has_pairs else self.encoder.flops
         return self.passes * (reference + policy + encode)
 
@@ -404,7 +422,9 @@ def make_plan(
         lora_rank=config.lora.rank,
         lora_targets=config.lora.targets,
         lora_experts=len(config.lora.experts),
+        lora_text_rank=config.lora.text_encoder_rank,
         network=costs.network,
+        text_encoders=costs.text,
         latent_shape=costs.latent_shape,
         setting=setting,
         cache_phase_bytes=phase,

@@ -17,6 +17,7 @@ from diffalign.families import Conditioning, DenoisingFamily
 from diffalign.losses import Cap, Kind, Layout, Objective, Scores
 from diffalign.prediction import add_noise, append_dims, convert, error_factor, mean_squared_error, target
 from diffalign.references import Lagged, Reference
+from diffalign.text_encoders import TextConditioned
 
 
 class Policy:
@@ -27,7 +28,7 @@ class Policy:
 
     Args:
         family: how the network is called.
-        network: the network as prepared for training (possibly wrapped for several processes).
+        network: the network, or a `TextConditioned`, as prepared for training (possibly wrapped for several processes).
         bare: the same network unwrapped.
         autocast: makes the mixed-precision context, entered for policy and reference alike.
         denoising: where and how errors are measured.
@@ -81,7 +82,21 @@ class Policy:
 
     def _call(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.forwards += len(x_t)
-        return self.family.predict(network, x_t.to(self.family.dtype), self.family.schedule.time(t), conditioning)
+        return self.output(network, x_t, self.family.schedule.time(t), conditioning)
+
+    def output(self, network: nn.Module, x: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's native prediction, as `DenoisingFamily.predict`; trained text encoders are called in its forward.
+
+        Args:
+            network: bare or wrapped.
+            x: noisy latents (N, ...).
+            times: what the network is told (N,).
+            conditioning: batch N, encoded or not.
+        """
+        x = x.to(self.family.dtype)
+        if isinstance(self.bare, TextConditioned):
+            return network(x, times, conditioning)  # type: ignore[no-any-return]
+        return self.family.predict(network, x, times, conditioning)
 
     def errors(
         self,
@@ -378,19 +393,18 @@ def guided(
         scale: 1 is no guidance, and the negative branch is not computed. A model that is told its scale needs no branch.
         detach_negative: no gradient through the negative branch, which then has a forward of its own.
     """
-    family = policy.family
-    conditioning, scale = family.guide(conditioning, scale)
+    conditioning, scale = policy.family.guide(conditioning, scale)
     policy.forwards += len(x) * (1 if scale == 1 else 2)
     with policy.autocast():
         if scale == 1:
-            return family.predict(network, x.to(family.dtype), times, conditioning).float()
+            return policy.output(network, x, times, conditioning).float()
         if detach_negative:
             with torch.no_grad():
                 empty = {name: negative[name].to(value) for name, value in conditioning.items()}
-                without = family.predict(network, x.to(family.dtype), times, empty).float()
-            with_prompt = family.predict(network, x.to(family.dtype), times, conditioning).float()
+                without = policy.output(network, x, times, empty).float()
+            with_prompt = policy.output(network, x, times, conditioning).float()
         else:
             both = {name: torch.cat([value, negative[name].to(value)]) for name, value in conditioning.items()}
-            pair = family.predict(network, torch.cat([x, x]).to(family.dtype), torch.cat([times, times]), both)
+            pair = policy.output(network, torch.cat([x, x]), torch.cat([times, times]), both)
             with_prompt, without = pair.float().chunk(2)
     return without + scale * (with_prompt - without)

@@ -246,6 +246,10 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "data.label",
         "data.label_temperature",
         "training.channels_last",
+        "lora.text_encoder_rank",
+        "lora.text_encoder_alpha",
+        "lora.text_encoder_targets",
+        "training.text_encoder_learning_rate",
         "lora.experts",
         "lora.gate",
         "lora.gate_features",
@@ -329,6 +333,7 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
     if data.world_pairs is not None and data.format != "pickapic":
         raise DataError(f"data.world_pairs writes the 'pickapic' format; data.format is {data.format!r}")
     _check_labels(config)
+    check_text_encoders(config, family)
     check_sampling(config)
     if config.evaluation.at_end:
         if not config.evaluation.prompts:
@@ -342,6 +347,29 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
         )
     if config.evaluation.prompts:
         load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
+
+
+def check_text_encoders(config: RunConfig, family: type[DenoisingFamily]) -> None:
+    """Refuse adapters on text encoders that the family has not got, and a learning rate that nothing would read.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    lora, rate = config.lora, config.training.text_encoder_learning_rate
+    if lora.text_encoder_rank and not family.text_encoders:
+        raise ConfigError(
+            f"lora.text_encoder_rank: got {lora.text_encoder_rank}; text encoders that can be trained are CLIP's, of "
+            f"families sd, sdxl and sd3, and model.family is {config.model.family!r}; remove it"
+        )
+    if rate is None:
+        return
+    if not (lora.rank and lora.text_encoder_rank):
+        raise ConfigError(
+            f"training.text_encoder_learning_rate: got {rate}; it has no effect unless network and text encoders are both "
+            "trained (lora.rank and lora.text_encoder_rank above 0); set training.learning_rate"
+        )
+    if rate < 0:
+        raise ConfigError(f"training.text_encoder_learning_rate: got {rate}; expected a number >= 0")
 
 
 def _check_labels(config: RunConfig) -> None:

@@ -99,6 +99,7 @@ def _header(run: RunData) -> str:
         get(run.config, "objective", "name"),
         get(run.config, "model", "pretrained"),
         get(run.config, "data", "format"),
+        f"text encoders r{rank}" if (rank := get(run.config, "lora", "text_encoder_rank")) else None,
     ]
     last = run.rows[-1]["step"] if run.rows else None
     total = get(run.config, "training", "max_train_steps")

@@ -38,6 +38,7 @@ from diffalign.progress import Progress
 from diffalign.references import Reference
 from diffalign.schedules import sample_seed
 from diffalign.stopping import StopRequest
+from diffalign.text_encoders import parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def train(config: RunConfig) -> TrainResult:
     bare.train()
     network = accelerator.prepare_model(bare)
     reference = Reference(config.reference, bare, params, config.seed)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(params, training))
+    optimizer = accelerator.prepare_optimizer(make_optimizer(parameter_groups(bare, params, training), training))
     scheduler = get_scheduler(
         training.lr_scheduler,
         optimizer.optimizer,
@@ -216,7 +217,7 @@ def train(config: RunConfig) -> TrainResult:
                 average_gradients(accelerator, params)
             average_over(accelerator, params, counted, effective)
             grad_norm = clip(accelerator, params, training.max_grad_norm)
-            learning_rate = float(scheduler.get_last_lr()[0])
+            rates = [float(rate) for rate in scheduler.get_last_lr()]
             optimizer.step()
             # A step that the fp16 loss scaler skipped does not count for the schedule.
             if not accelerator.optimizer_step_was_skipped:
@@ -237,11 +238,13 @@ def train(config: RunConfig) -> TrainResult:
                 "step": step,
                 "samples": step * effective,
                 "grad_norm": grad_norm,
-                "learning_rate": learning_rate,
+                "learning_rate": rates[0],
                 f"{job.unit}_per_second": effective / seconds,
                 "seconds_per_step": seconds,
                 "memory_gb": memory_gb(device),
             }
+            if len(rates) > 1:
+                row["text_encoder_learning_rate"] = rates[1]
             if accelerator.scaler is not None:
                 row["loss_scale"] = accelerator.scaler.get_scale()
             watched = job.watches(step)
@@ -322,8 +325,10 @@ def end(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def make_optimizer(params: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
-    """The configured optimiser over the adapter's parameters."""
+def make_optimizer(
+    params: list[nn.Parameter] | list[dict[str, Any]], training: TrainingConfig
+) -> torch.optim.Optimizer:
+    """The configured optimiser over the adapter's parameters, or over groups of them."""
     betas = (training.adam_beta1, training.adam_beta2)
     common: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.adam_weight_decay}
     if training.optimizer in ("adamw", "adamw_fused"):

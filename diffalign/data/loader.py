@@ -41,6 +41,49 @@ class PairData(Protocol):
     def text(self, prompt: str) -> Conditioning: ...
 
 
+class TokenizedPairs:
+    """Encoded pairs whose prompts are token ids, for text encoders that are trained; all else is as it was.
+
+    Args:
+        data: encoded pairs.
+        family: its tokenizers are in memory.
+    """
+
+    def __init__(self, data: PairData, family: DenoisingFamily) -> None:
+        self.data = data
+        others = (prompt for extra in data.extras for prompt in extra.get(PROMPTS, ()))
+        prompts = list(dict.fromkeys(["", *data.prompts, *others]))
+        self._texts: dict[str, Conditioning] = {}
+        for start in range(0, len(prompts), 256):
+            chunk = prompts[start : start + 256]
+            known = [data.text(prompt) for prompt in chunk]
+            encoded = {name: torch.stack([one[name] for one in known]) for name in known[0]}
+            batch = family.tokenize(chunk, encoded)
+            # Copies, so that a prompt does not keep its chunk.
+            self._texts |= {p: {k: v[i].clone() for k, v in batch.items()} for i, p in enumerate(chunk)}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.data.prompts
+
+    @property
+    def target_sizes(self) -> list[tuple[int, int]]:
+        return self.data.target_sizes
+
+    @property
+    def extras(self) -> list[dict[str, Any]]:
+        return self.data.extras
+
+    def pair(self, index: int) -> EncodedPair:
+        return self.data.pair(index)
+
+    def text(self, prompt: str) -> Conditioning:
+        return self._texts[prompt]
+
+
 class BatchPlan:
     """An endless sequence of micro-batches over shuffled epochs.
 

@@ -19,7 +19,8 @@ from diffalign.losses import Kind
 from diffalign.schedules import Schedule
 
 Conditioning = dict[str, Tensor]
-NETWORK, ENCODERS, DECODER = "network", "encoders", "decoder"
+# TEXT: tokenizers and text encoders that can be trained, those of ENCODERS that `DenoisingFamily.text_encoders` names.
+NETWORK, ENCODERS, DECODER, TEXT = "network", "encoders", "decoder", "text"
 
 
 class Family(ABC):
@@ -130,6 +131,36 @@ class DenoisingFamily(EncodingFamily):
     unconditional: ClassVar[bool] = True  # False: distilled, without a branch for classifier-free guidance
     linspace_sigmas: ClassVar[bool] = False  # the stock pipeline gives its scheduler sigmas evenly spaced from 1
     timestep_sampling: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"  # how the model was trained
+    text_encoders: ClassVar[tuple[str, ...]] = ()  # parts that can be trained with the network
+
+    @property
+    def adapted(self) -> nn.Module:
+        """What carries adapters: the network, or a `TextConditioned` of it and its text encoders."""
+        return self.network
+
+    def with_text_encoders(self) -> nn.Module:
+        """Network and trainable text encoders as one module (`TextConditioned`), which from now on is `adapted`."""
+        raise NotImplementedError(f"{type(self).__name__} has no text encoders that can be trained")
+
+    def tokenize(self, prompts: list[str], encoded: Conditioning) -> Conditioning:
+        """Text conditioning with prompts as token ids, for text encoders that are trained; `encode_tokens` encodes it.
+
+        Args:
+            prompts: N of them.
+            encoded: what `encode_prompts` says of them, of which stays what encoders say that cannot be trained.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no text encoders that can be trained")
+
+    def tokenize_negative(self, prompt: str, encoded: Conditioning) -> Conditioning:
+        """The same of the unconditional branch, batch 1; `encoded` is what `encode_negative` says of it."""
+        return self.tokenize([prompt], encoded)
+
+    def encode_tokens(self, conditioning: Conditioning) -> Conditioning:
+        """Conditioning as `predict` takes it: prompts that are token ids are encoded, with gradient.
+
+        What is encoded already comes back as it is, which is all of it in families without trainable text encoders.
+        """
+        return conditioning
 
     @classmethod
     def check_guidance(cls, config: ModelConfig, scale: float, setting: str = "rollout.guidance_scale") -> None:

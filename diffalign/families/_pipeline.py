@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.config import ModelConfig, SamplingConfig
 from diffalign.errors import ConfigError
-from diffalign.families import DECODER, ENCODERS, NETWORK, Conditioning, DenoisingFamily
+from diffalign.families import DECODER, ENCODERS, NETWORK, TEXT, Conditioning, DenoisingFamily
 from diffalign.families._loading import (
     Location,
     absent_parts,
@@ -29,6 +29,7 @@ from diffalign.families._loading import (
     network_config,
 )
 from diffalign.schedules import Schedule
+from diffalign.text_encoders import PREFIX, TextConditioned, distinct, has_tokens, token_ids
 
 VARIANCE_PRESERVING = ("epsilon", "v_prediction")
 
@@ -40,6 +41,8 @@ class PipelineFamily(DenoisingFamily):
         network_part: the pipeline's name of the network.
         text_parts: its names of tokenizers and text encoders.
         optional_parts: those of them that a model may come without.
+        text_encoders: those of them that are CLIP's and can be trained with the network.
+        last_unread: text encoders whose last layer's output nothing reads.
         architectures: published ones of this family (`diffalign.families.published`).
     """
 
@@ -47,6 +50,7 @@ class PipelineFamily(DenoisingFamily):
     network_part: ClassVar[str]
     text_parts: ClassVar[tuple[str, ...]]
     optional_parts: ClassVar[tuple[str, ...]] = ()
+    last_unread: ClassVar[tuple[str, ...]] = ()
     architectures: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -62,6 +66,7 @@ class PipelineFamily(DenoisingFamily):
         self.parts: dict[str, Any] = {}
         self.pipeline_config: dict[str, Any] = {}
         self._schedule: Schedule | None = None
+        self._conditioned: TextConditioned | None = None
 
     @classmethod
     @abstractmethod
@@ -90,7 +95,12 @@ class PipelineFamily(DenoisingFamily):
         return absent_parts(self.pipeline_class(), self.config, self.location, self.optional_parts)
 
     def _part_names(self, *parts: str) -> set[str]:
-        table = {NETWORK: (self.network_part,), ENCODERS: (*self.text_parts, "vae"), DECODER: ("vae",)}
+        table = {
+            NETWORK: (self.network_part,),
+            ENCODERS: (*self.text_parts, "vae"),
+            DECODER: ("vae",),
+            TEXT: (*map(tokenizer_of, self.text_encoders), *self.text_encoders),
+        }
         return {name for part in parts for name in table[part]} - self.absent
 
     def load(self, *parts: str) -> None:
@@ -136,13 +146,18 @@ class PipelineFamily(DenoisingFamily):
             ConfigError: with what it is instead.
         """
 
+    @property
+    def _kept(self) -> frozenset[str]:
+        """Text encoders that are trained: they stay with the network, whoever is done with encoding."""
+        return frozenset() if self._conditioned is None else frozenset(self.text_encoders)
+
     def unload(self, *parts: str) -> None:
-        for name in self._part_names(*parts):
+        for name in self._part_names(*parts) - self._kept:
             self.parts.pop(name, None)
         self._free()
 
     def park(self, *parts: str) -> None:
-        for name in self._part_names(*parts):
+        for name in self._part_names(*parts) - self._kept:
             if isinstance(part := self.parts.get(name), nn.Module):
                 part.to("cpu")
         self._free()
@@ -160,6 +175,40 @@ class PipelineFamily(DenoisingFamily):
     @property
     def network(self) -> nn.Module:
         return cast(nn.Module, self._part(self.network_part))
+
+    @property
+    def adapted(self) -> nn.Module:
+        return self.network if self._conditioned is None else self._conditioned
+
+    def with_text_encoders(self) -> TextConditioned:
+        """Network and trainable text encoders as one module, which from now on is what carries adapters (`adapted`)."""
+        if self._conditioned is None:
+            self.load(NETWORK, TEXT)
+            self._conditioned = TextConditioned(self)
+        return self._conditioned
+
+    def tokenize(self, prompts: list[str], encoded: Conditioning) -> Conditioning:
+        return {f"{PREFIX}{name}": token_ids(self._part(tokenizer_of(name)), prompts) for name in self.text_encoders}
+
+    def encode_tokens(self, conditioning: Conditioning) -> Conditioning:
+        if not has_tokens(conditioning):
+            return conditioning
+        tokens = {name: value for name, value in conditioning.items() if name.startswith(PREFIX)}
+        rest = {name: value for name, value in conditioning.items() if name not in tokens}
+        rows, place = distinct({name: value.to(self.device) for name, value in tokens.items()})
+        return rest | self.joined({name: value[place] for name, value in self.encode_rows(rows).items()}, rest)
+
+    def encode_rows(self, tokens: Conditioning) -> Conditioning:
+        """Text conditioning of token ids by the trainable text encoders, with gradient.
+
+        Args:
+            tokens: as `tokenize` makes them, without what other encoders say, on the family's device; M distinct prompts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no trainable text encoders")
+
+    def joined(self, encoded: Conditioning, rest: Conditioning) -> Conditioning:
+        """What trained text encoders say together with what others have said (`rest`)."""
+        return encoded
 
     @property
     def schedule(self) -> Schedule:
@@ -301,6 +350,11 @@ class PipelineFamily(DenoisingFamily):
             return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
 
         return {name: typed(value).expand(batch, *value.shape[1:]) for name, value in conditioning.items()}
+
+
+def tokenizer_of(encoder: str) -> str:
+    """The stock pipeline's name of a text encoder's tokenizer."""
+    return encoder.replace("text_encoder", "tokenizer")
 
 
 class UNetFamily(PipelineFamily):

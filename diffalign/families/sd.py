@@ -19,6 +19,7 @@ class SD(UNetFamily):
 
     title = "Stable Diffusion 1.x / 2.x (UNet; eps or v)"
     text_parts = ("tokenizer", "text_encoder")
+    text_encoders = ("text_encoder",)
     architectures = ("sd15", "sd21-base", "sd21")
 
     @classmethod
@@ -44,6 +45,9 @@ class SD(UNetFamily):
         with quiet():
             hidden, _ = pipeline.encode_prompt(prompts, self.device, 1, False)
         return {"encoder_hidden_states": hidden}
+
+    def encode_rows(self, tokens: Conditioning) -> Conditioning:
+        return {"encoder_hidden_states": self._part("text_encoder")(tokens["tokens.text_encoder"])[0]}
 
     @staticmethod
     def image_conditioning(

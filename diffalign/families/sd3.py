@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from diffalign.families import Conditioning
 from diffalign.families._loading import network_config, quiet
 from diffalign.families._pipeline import FlowFamily
 from diffalign.families._transformers import check_architecture, check_channels
+from diffalign.text_encoders import token_ids
 from diffalign.world.names import TEXT_LENGTHS
 
 TEXT_LENGTH = 256  # of T5, in the stock pipeline
@@ -28,6 +30,7 @@ class SD3(FlowFamily):
     resolution_step = 16
     text_parts = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
     optional_parts = ("tokenizer_3", "text_encoder_3")
+    text_encoders = ("text_encoder", "text_encoder_2")
     architectures = ("sd3-medium", "sd35-medium", "sd35-large")
 
     @classmethod
@@ -70,6 +73,26 @@ class SD3(FlowFamily):
                 max_sequence_length=self.text_length,
             )
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+    def tokenize(self, prompts: list[str], encoded: Conditioning) -> Conditioning:
+        length = int(self._part("tokenizer").model_max_length)  # of both, as in the stock pipeline
+        ids = {
+            f"tokens.{name}": token_ids(self._part(f"tokenizer{name.removeprefix('text_encoder')}"), prompts, length)
+            for name in self.text_encoders
+        }
+        return ids | {"encoder_hidden_states": encoded["encoder_hidden_states"][:, length:].cpu()}  # T5's
+
+    def encode_rows(self, tokens: Conditioning) -> Conditioning:
+        outputs = [self._part(name)(tokens[f"tokens.{name}"], output_hidden_states=True) for name in self.text_encoders]
+        return {
+            "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+            "pooled_projections": torch.cat([output.text_embeds for output in outputs], dim=-1),
+        }
+
+    def joined(self, encoded: Conditioning, rest: Conditioning) -> Conditioning:
+        clip, other = encoded["encoder_hidden_states"], rest["encoder_hidden_states"]
+        clip = functional.pad(clip, (0, other.shape[-1] - clip.shape[-1]))
+        return encoded | {"encoder_hidden_states": torch.cat([clip, other.to(clip)], dim=1)}
 
     def _shape_of_network(self) -> nn.Module:
         """The network, or one of its shape without memory where it is not loaded."""

@@ -16,6 +16,7 @@ from diffalign.errors import ConfigError
 from diffalign.families import Conditioning
 from diffalign.families._loading import quiet
 from diffalign.families._pipeline import UNetFamily
+from diffalign.text_encoders import ZEROS, zeroed
 
 
 class SDXL(UNetFamily):
@@ -23,6 +24,8 @@ class SDXL(UNetFamily):
 
     title = "Stable Diffusion XL (UNet; eps or v)"
     text_parts = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+    text_encoders = ("text_encoder", "text_encoder_2")
+    last_unread = ("text_encoder",)  # the network is told the layer before the last; only the second is pooled
     architectures = ("sdxl",)
 
     @classmethod
@@ -62,6 +65,22 @@ class SDXL(UNetFamily):
                 prompts, device=self.device, do_classifier_free_guidance=False
             )
         return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+
+    def tokenize(self, prompts: list[str], encoded: Conditioning) -> Conditioning:
+        return super().tokenize(prompts, encoded) | {ZEROS: torch.zeros(len(prompts), dtype=torch.int64)}
+
+    def tokenize_negative(self, prompt: str, encoded: Conditioning) -> Conditioning:
+        zeros = int(prompt == "" and self._zeros_for_empty())
+        return self.tokenize([prompt], encoded) | {ZEROS: torch.full((1,), zeros)}
+
+    def encode_rows(self, tokens: Conditioning) -> Conditioning:
+        outputs = [self._part(name)(tokens[f"tokens.{name}"], output_hidden_states=True) for name in self.text_encoders]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        pooled = outputs[-1].text_embeds
+        return {
+            "encoder_hidden_states": zeroed(hidden, tokens[ZEROS]),
+            "text_embeds": zeroed(pooled, tokens[ZEROS]),
+        }
 
     @staticmethod
     def image_conditioning(

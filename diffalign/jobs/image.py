@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from diffalign import adapters
-from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, micro_batches
+from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, TokenizedPairs, micro_batches
 from diffalign.data.pipeline import split_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.data.prompts import load_prompts
-from diffalign.families import NETWORK, Conditioning, DenoisingFamily
+from diffalign.families import NETWORK, TEXT, Conditioning, DenoisingFamily
 from diffalign.hardware import configure_network
 from diffalign.jobs import Job, weight_metric
 from diffalign.losses import EXO, Layout, LossOut
@@ -32,6 +32,7 @@ from diffalign.sampling.entries import StepBatch, TrajectoryBatch
 from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
 from diffalign.sampling.rules import has_lagged, kind_of, noise_of, samples_images
 from diffalign.summary import objective_summary
+from diffalign.text_encoders import attach, trains_text
 from diffalign.watch import Watch
 
 
@@ -45,6 +46,7 @@ class ImageJob(Job):
         config = self.config
         check_schedule(config, self.family, self.accelerator.num_processes)
         self.online = samples_images(config)
+        self.tokens = trains_text(config.lora)
         self.autocast = self.accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
         self.data: PairData | None = None
         self.dataset: PairMicroBatches | None = None
@@ -65,6 +67,9 @@ class ImageJob(Job):
         if self.accelerator.is_main_process:
             prepared.report.write(self.run_dir / REPORT)
         data = prepared.data
+        if self.tokens:
+            self.family.load(TEXT)
+            data = TokenizedPairs(data, self.family)
         self.kept, self.kept_out = split_held_out(data.prompts, config.evaluation.held_out_fraction)
         self.count, self.held_out = len(self.kept), len(self.kept_out)
         sizes = data.target_sizes
@@ -90,7 +95,7 @@ class ImageJob(Job):
         """What is needed to sample images of prompts: a `Sampler` encodes those once that the data have not encoded."""
         config = self.config
         frames, side, new = config.data.num_frames, config.data.resolution, prompts if encode else []
-        self.asked = Sampler(self.family, new, config.sampling, side, self.autocast, frames)
+        self.asked = Sampler(self.family, new, config.sampling, side, self.autocast, frames, tokens=self.tokens)
         self.prompts = prompts
         if self.data is None:
             self.count, self.unit = len(prompts), "prompts"
@@ -102,7 +107,8 @@ class ImageJob(Job):
             return None
         prompts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
         frames = config.data.num_frames
-        return Sampler(self.family, prompts, config.sampling, config.data.resolution, self.autocast, frames)
+        side, tokens = config.data.resolution, self.tokens
+        return Sampler(self.family, prompts, config.sampling, side, self.autocast, frames, tokens=tokens)
 
     def identity(self) -> dict[str, Any]:
         if self.data is None:
@@ -119,7 +125,10 @@ class ImageJob(Job):
     def load(self) -> nn.Module:
         self.family.load(NETWORK)
         configure_network(self.family.network, self.config.training)
-        return self.family.network
+        return self.family.with_text_encoders() if self.tokens else self.family.network
+
+    def attach(self, network: nn.Module) -> list[nn.Parameter]:
+        return attach(network, self.config.lora, seed=self.config.seed)
 
     def start(self, network: nn.Module, bare: nn.Module, reference: Reference) -> None:
         lagged = None

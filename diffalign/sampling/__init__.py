@@ -17,7 +17,7 @@ from diffalign.schedules import generator_for
 
 
 class Sampler:
-    """Images or clips of a fixed list of prompts. Prompts are encoded once, when it is made.
+    """Images or clips of a fixed list of prompts. Prompts are encoded once, when it is made, or kept as tokens.
 
     Args:
         family: its encoders are loaded and unloaded again here; its network must be in memory when sampling.
@@ -26,6 +26,7 @@ class Sampler:
         resolution: image side in pixels where `sampling` names none.
         autocast: the mixed-precision context of training.
         frames: of a clip, where `sampling` names none; 1 for still images.
+        tokens: keep prompts as token ids, which are encoded whenever images are sampled, by text encoders with adapters.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class Sampler:
         resolution: int,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         frames: int = 1,
+        *,
+        tokens: bool = False,
     ) -> None:
         self.family, self.prompts, self.sampling, self.autocast = family, list(prompts), sampling, autocast
         self.side = (sampling.resolution or resolution) // family.resolution_step * family.resolution_step
@@ -45,9 +48,13 @@ class Sampler:
         for start in range(0, len(unique), 16):
             chunk = unique[start : start + 16]
             batch = family.encode_prompts(chunk)
+            if tokens:
+                batch = family.tokenize(chunk, batch)
             encoded |= {p: {k: v[i : i + 1].cpu() for k, v in batch.items()} for i, p in enumerate(chunk)}
         self.conditioning = [encoded[prompt] for prompt in self.prompts]
         self.negative = family.encode_negative(sampling.negative_prompt)
+        if tokens:
+            self.negative = family.tokenize_negative(sampling.negative_prompt, self.negative)
         self.latent_shape = family.latent_shape(self.side, self.side, sampling.num_frames or frames)
         family.unload(ENCODERS)
 
@@ -80,12 +87,13 @@ class Sampler:
         self.family.load(DECODER)
         jobs = [(i, j) for i in indices for j in range(repeats)]
         done = []
-        with torch.no_grad(), sampling_mode(self.family.network, adapters=adapters), self.autocast():
+        with torch.no_grad(), sampling_mode(self.family.adapted, adapters=adapters), self.autocast():
+            negative = self.family.encode_tokens(self.negative)
             for start in range(0, len(jobs), self.sampling.batch_size):
                 chunk = jobs[start : start + self.sampling.batch_size]
                 conditioning = {k: torch.cat([self.conditioning[i][k] for i, _ in chunk]) for k in self.conditioning[0]}
                 noise = torch.stack([self.noise(i, j, seed) for i, j in chunk])
-                images = self.family.sample(conditioning, self.negative, noise, self.sampling)
+                images = self.family.sample(self.family.encode_tokens(conditioning), negative, noise, self.sampling)
                 done.append((images * 255).round().to(torch.uint8))
                 progress(len(chunk))
         if self.family.device.type != "cpu":

@@ -269,9 +269,12 @@ class ImageRollouts:
     def predict(self, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
         """The network's native prediction for N samples, guided if the rollout is."""
         device, scale = self.accelerator.device, self.rollout.guidance_scale
-        here = {name: value.to(device) for name, value in conditioning.items()}
-        count = len(next(iter(here.values())))
-        empty = {name: value.to(device) for name, value in self.conditions.without(count).items()}
+        count = len(next(iter(conditioning.values())))
+        with self.policy.autocast():  # by whoever samples, once for all steps
+            here, empty = (
+                self.family.encode_tokens({name: value.to(device) for name, value in one.items()})
+                for one in (conditioning, self.conditions.without(count))
+            )
 
         def call(x: Tensor, times: Tensor) -> Tensor:
             return guided(self.policy, self.policy.bare, x, times, here, empty, scale)
