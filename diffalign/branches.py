@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from diffalign.adapters import lora_layers
 from diffalign.errors import ConfigError
 
 Mix: TypeAlias = Mapping[str, float]  # adapter -> weight, on top of the scale that it was trained with
@@ -37,7 +37,7 @@ class Branches:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.layers = {path: module for path, module in network.named_modules() if isinstance(module, LoraLayer)}
+        self.layers: dict[str, Any] = dict(lora_layers(network))
         if not self.layers:
             raise ConfigError("the network has no LoRA adapter; load one before its branches are told apart")
         for path, layer in self.layers.items():
@@ -69,7 +69,7 @@ class Branches:
         """Within, `use` takes effect. Backward passes through checkpointed blocks have to happen within, too."""
         before = {path: layer.__dict__.get("forward") for path, layer in self.layers.items()}
         for path, layer in self.layers.items():
-            layer.forward = self._forward_of(path, layer)  # type: ignore[method-assign]
+            layer.forward = self._forward_of(path, layer)
         try:
             yield self
         finally:
@@ -78,7 +78,7 @@ class Branches:
                 if own is None:
                     del layer.__dict__["forward"]
                 else:
-                    layer.forward = own  # type: ignore[method-assign]
+                    layer.forward = own
 
     @contextmanager
     def use(self, *parts: Mix) -> Iterator[None]:
