@@ -108,6 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", default=[], help="may be given several times")
     generate.add_argument("--prompts", help="a file or a shipped list; default: the config's evaluation prompts")
     generate.add_argument("--adapter", help="LoRA file, peft folder or run folder; default: the run folder's own")
+    generate.add_argument(
+        "--negative-adapter",
+        help="LoRA file for the negative branch of guidance alone (Diffusion-NPO); no --adapter: the base's",
+    )
+    generate.add_argument(
+        "--alpha", type=float, default=1.0, help="share of --adapter in the negative branch (default: 1)"
+    )
+    generate.add_argument("--beta", type=float, default=1.0, help="weight of --negative-adapter (default: 1)")
     generate.add_argument("--base", action="store_true", help="also sample the base with the same noise, side by side")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--images-per-prompt", "--samples-per-prompt", type=int, default=1, dest="samples_per_prompt")
@@ -357,10 +365,14 @@ def run_generate(args: argparse.Namespace) -> int:
         return generate_texts(args, config)
     if args.chat:
         raise UserError(f"--chat: family {config.model.family!r} makes images; leave it out")
+    negative = Path(args.negative_adapter) if args.negative_adapter else None
     folder = generate(
         config,
         prompts=args.prompt or args.prompts,
-        adapter=adapter_of(args),
+        adapter=adapter_of(args) if args.adapter or negative is None else None,
+        negative_adapter=negative,
+        alpha=args.alpha,
+        beta=args.beta,
         with_base=args.base,
         seed=args.seed,
         images_per_prompt=args.samples_per_prompt,
@@ -372,6 +384,10 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def generate_texts(args: argparse.Namespace, config: RunConfig) -> int:
     """`generate` of a language model: a file of answers, printed as well when they are few."""
+    if args.negative_adapter:
+        raise UserError(
+            f"--negative-adapter: family {config.model.family!r} writes texts, without guidance; leave it out"
+        )
     from diffalign.text.commands import generate
 
     rows = generate(

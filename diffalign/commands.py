@@ -23,13 +23,14 @@ from diffalign.data.prompts import load_prompts
 from diffalign.data.report import DataReport
 from diffalign.data.source import resolve
 from diffalign.errors import CheckpointError, ConfigError
-from diffalign.families import NETWORK, DenoisingFamily, EncodingFamily
+from diffalign.families import NETWORK, Around, DenoisingFamily, EncodingFamily
 from diffalign.files import atomic_write_text, require_writable
 from diffalign.hardware import make_accelerator, open_denoising, open_family
 from diffalign.outputs import held_out_result
 from diffalign.policy import Policy
 from diffalign.progress import Progress
 from diffalign.sampling import Sampler, save_png
+from diffalign.sampling.guidance import NegativeGuidance
 from diffalign.text_encoders import attach, trains_text
 
 
@@ -104,8 +105,14 @@ def generate(
     seed: int,
     images_per_prompt: int,
     out: Path,
+    negative_adapter: Path | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
 ) -> Path:
-    """Sample images of prompts, with an adapter if one is given, and write them with an index."""
+    """Sample images of prompts, with an adapter if one is given, and write them with an index.
+
+    A negative adapter acts in the negative branch of guidance alone: see `diffalign.sampling.guidance` for alpha and beta.
+    """
     preflight.check_sampling(config)
     if images_per_prompt < 1:
         raise ConfigError(f"--images-per-prompt: got {images_per_prompt}; expected at least 1")
@@ -121,12 +128,21 @@ def generate(
     family.load(NETWORK)
     if adapter is not None:
         load_adapter(family, config, adapter)
-    sides = ([("base", False)] if with_base or adapter is None else []) + ([("adapter", True)] if adapter else [])
+    around: Around = nullcontext
+    if negative_adapter is not None:
+        around = _negative_branch(family, config, negative_adapter, alpha, beta)
+    asked = "guided" if negative_adapter else "adapter" if adapter else None
+    sides = ([("base", False)] if with_base or asked is None else []) + ([(asked, True)] if asked else [])
     rows = []
     for name, adapters_on in sides:
         with Progress(f"sampling {name}", len(texts) * images_per_prompt) as progress:
             images = sampler.images(
-                range(len(texts)), seed=seed, repeats=images_per_prompt, adapters=adapters_on, progress=progress.advance
+                range(len(texts)),
+                seed=seed,
+                repeats=images_per_prompt,
+                adapters=adapters_on,
+                around=around if adapters_on else nullcontext,
+                progress=progress.advance,
             )
         for k, image in enumerate(images):
             index, repeat = divmod(k, images_per_prompt)
@@ -136,6 +152,26 @@ def generate(
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     atomic_write_text(out / "images.jsonl", text)
     return out
+
+
+def _negative_branch(family: DenoisingFamily, config: RunConfig, path: Path, alpha: float, beta: float) -> Around:
+    """Attach an adapter for the negative branch beside the one that is there.
+
+    Raises:
+        CheckpointError: it does not fit.
+        ConfigError: guidance is off.
+    """
+    if config.sampling.guidance_scale <= 1:
+        raise ConfigError(
+            f"--negative-adapter: sampling.guidance_scale is {config.sampling.guidance_scale}, so that there is no negative "
+            "branch; set it above 1"
+        )
+    network, name = family.network, "negative"
+    before = adapters.adapter_names(network)
+    export.load_lora(network, path, family=config.model.family, name=name)
+    if before:
+        adapters.use_adapters(network, before, [1.0] * len(before))
+    return lambda pipeline: NegativeGuidance(pipeline, name, alpha=alpha, beta=beta)
 
 
 def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, Any]:

@@ -482,6 +482,56 @@ def test_grids_show_the_same_prompts_before_during_and_after(evaluated):
     assert "<html" in (evaluated.run_dir / "report.html").read_text()
 
 
+def test_an_adapter_can_be_given_to_the_negative_branch_alone(evaluated, tmp_path):
+    from dataclasses import replace
+
+    from diffalign.commands import generate
+    from diffalign.config_loading import load_config
+    from diffalign.errors import ConfigError
+    from diffalign.sampling.guidance import NegativeGuidance
+    from diffalign.schedules import generator_for
+    from diffalign.world.bases import load_pipeline
+
+    config = load_config(evaluated.run_dir / "config.yaml")
+    prompt, settings = (
+        "a large red circle on a white background",
+        {"with_base": True, "seed": 5, "images_per_prompt": 1},
+    )
+    adapter = evaluated.run_dir
+
+    def images(out, **more):
+        generate(config, prompts=[prompt], out=tmp_path / out, **settings, **more)
+        return [read_image(tmp_path / out / f"0000-0-{side}.png") for side in ("guided", "base")]
+
+    guided, base = images("negative", adapter=None, negative_adapter=adapter)
+    nothing, _ = images("nothing", adapter=None, negative_adapter=adapter, beta=0.0)
+    assert torch.equal(nothing, base)
+    both, _ = images("both", adapter=adapter, negative_adapter=adapter, alpha=0.5, beta=0.5)
+    positive = generate(config, prompts=[prompt], out=tmp_path / "positive", adapter=adapter, **settings)
+    torch.testing.assert_close(
+        both, read_image(positive / "0000-0-adapter.png"), rtol=0, atol=1.01 / 255
+    )  # half and half
+
+    pipeline = load_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(20, 8, 8, generator=generator_for(5, "prompt 0", 0))[None]
+    with NegativeGuidance(pipeline, adapter / "pytorch_lora_weights.safetensors"):
+        theirs = pipeline(
+            prompt,
+            latents=noise,
+            height=32,
+            width=32,
+            num_inference_steps=config.sampling.num_inference_steps,
+            guidance_scale=config.sampling.guidance_scale,
+            output_type="pt",
+        ).images[0]
+    torch.testing.assert_close(guided, theirs, rtol=0, atol=1.01 / 255)
+    assert (guided - base).abs().max() > 2 / 255
+    plain = replace(config, sampling=replace(config.sampling, guidance_scale=1.0))
+    with pytest.raises(ConfigError, match="guidance_scale is 1"):
+        generate(plain, prompts=[prompt], out=tmp_path / "off", adapter=None, negative_adapter=adapter, **settings)
+
+
 def test_the_saved_lora_gives_the_same_images_in_a_plain_pipeline(evaluated):
     from diffalign.commands import generate
     from diffalign.config_loading import load_config

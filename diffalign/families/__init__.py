@@ -8,7 +8,9 @@ reward model's looks at pictures as they are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from diffalign.losses import Kind
 from diffalign.schedules import Schedule
 
 Conditioning = dict[str, Tensor]
+Around: TypeAlias = Callable[[Any], AbstractContextManager[Any]]  # stock pipeline -> a context for its call
 # TEXT: tokenizers and text encoders that can be trained, those of ENCODERS that `DenoisingFamily.text_encoders` names.
 NETWORK, ENCODERS, DECODER, TEXT = "network", "encoders", "decoder", "text"
 
@@ -236,6 +239,8 @@ class DenoisingFamily(EncodingFamily):
         negative: Conditioning,
         noise: Tensor,
         sampling: SamplingConfig,
+        *,
+        around: Around = nullcontext,
     ) -> Tensor:
         """Images from noise through the stock pipeline, as `decode_latents` gives them, on the CPU.
 
@@ -244,6 +249,7 @@ class DenoisingFamily(EncodingFamily):
             negative: of the unconditional branch, batch 1 or B.
             noise: standard normal latents (B, C, ..., h, w), float32.
             sampling: steps, guidance, scheduler.
+            around: makes the context in which the stock pipeline is called, such as `NegativeGuidance`.
         """
 
     @abstractmethod
@@ -253,6 +259,8 @@ class DenoisingFamily(EncodingFamily):
         negative: Conditioning,
         noise: Tensor,
         sampling: SamplingConfig,
+        *,
+        around: Around = nullcontext,
     ) -> Tensor:
         """As `sample`, but the scaled latents before they are decoded."""
 

@@ -9,6 +9,7 @@ import gc
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from diffalign.config import ModelConfig, SamplingConfig
 from diffalign.errors import ConfigError
-from diffalign.families import DECODER, ENCODERS, NETWORK, TEXT, Conditioning, DenoisingFamily
+from diffalign.families import DECODER, ENCODERS, NETWORK, TEXT, Around, Conditioning, DenoisingFamily
 from diffalign.families._loading import (
     Location,
     absent_parts,
@@ -285,27 +286,40 @@ class PipelineFamily(DenoisingFamily):
 
     @torch.no_grad()
     def sample(
-        self, conditioning: Conditioning, negative: Conditioning, noise: Tensor, sampling: SamplingConfig
+        self,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        noise: Tensor,
+        sampling: SamplingConfig,
+        *,
+        around: Around = nullcontext,
     ) -> Tensor:
-        return self.decode_latents(self.sample_latents(conditioning, negative, noise, sampling)).cpu()
+        return self.decode_latents(self.sample_latents(conditioning, negative, noise, sampling, around=around)).cpu()
 
     @torch.no_grad()
     def sample_latents(
-        self, conditioning: Conditioning, negative: Conditioning, noise: Tensor, sampling: SamplingConfig
+        self,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        noise: Tensor,
+        sampling: SamplingConfig,
+        *,
+        around: Around = nullcontext,
     ) -> Tensor:
         pipeline = self._pipeline(self.network_part, "vae")
         if sampling.scheduler:
             pipeline.scheduler = self.other_scheduler(sampling.scheduler)
         height, width = (side * self.vae_factor for side in noise.shape[-2:])
-        output = pipeline(
-            **self.sample_arguments(conditioning, negative, len(noise)),
-            **self.guidance_arguments(sampling),
-            latents=self.to_pipeline(noise.to(self.device, self.dtype)),
-            height=height,
-            width=width,
-            num_inference_steps=sampling.num_inference_steps,
-            output_type="latent",
-        )
+        with around(pipeline):
+            output = pipeline(
+                **self.sample_arguments(conditioning, negative, len(noise)),
+                **self.guidance_arguments(sampling),
+                latents=self.to_pipeline(noise.to(self.device, self.dtype)),
+                height=height,
+                width=width,
+                num_inference_steps=sampling.num_inference_steps,
+                output_type="latent",
+            )
         return self.from_pipeline(output[0], noise.shape)
 
     def other_scheduler(self, name: str) -> Any:

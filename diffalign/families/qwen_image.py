@@ -13,6 +13,7 @@ stock pipeline, which keeps the length of each token's prediction.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.nn.functional import pad
 
 from diffalign.config import ModelConfig, SamplingConfig
 from diffalign.errors import ConfigError
-from diffalign.families import Conditioning
+from diffalign.families import Around, Conditioning
 from diffalign.families._loading import quiet
 from diffalign.families._pipeline import FlowFamily
 from diffalign.families._transformers import (
@@ -155,11 +156,17 @@ class QwenImage(FlowFamily):
         return unpack(output, x_t.shape)
 
     def sample_latents(
-        self, conditioning: Conditioning, negative: Conditioning, noise: Tensor, sampling: SamplingConfig
+        self,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        noise: Tensor,
+        sampling: SamplingConfig,
+        *,
+        around: Around = nullcontext,
     ) -> Tensor:
         # The pipeline warns of a negative prompt that it does not use.
         guided = sampling.guidance_scale > 1
-        return super().sample_latents(conditioning, negative if guided else {}, noise, sampling)
+        return super().sample_latents(conditioning, negative if guided else {}, noise, sampling, around=around)
 
     def guidance_arguments(self, sampling: SamplingConfig) -> dict[str, Any]:
         return {"true_cfg_scale": super().guidance_arguments(sampling)["guidance_scale"]}

@@ -46,7 +46,6 @@ class ImageJob(Job):
         config = self.config
         check_schedule(config, self.family, self.accelerator.num_processes)
         self.online = samples_images(config)
-        self.tokens = trains_text(config.lora)
         self.autocast = self.accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
         self.data: PairData | None = None
         self.dataset: PairMicroBatches | None = None
@@ -121,6 +120,11 @@ class ImageJob(Job):
             "pairs": self.count,
             "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
         }
+
+    @property
+    def tokens(self) -> bool:
+        """Whether prompts stay tokens, because text encoders are trained."""
+        return trains_text(self.config.lora)
 
     def load(self) -> nn.Module:
         self.family.load(NETWORK)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffalign.adapters import adapter_names, adapters_off
 from diffalign.config import SamplingConfig
-from diffalign.families import DECODER, ENCODERS, Conditioning, DenoisingFamily
+from diffalign.families import DECODER, ENCODERS, Around, Conditioning, DenoisingFamily
 from diffalign.schedules import generator_for
 
 
@@ -69,6 +69,7 @@ class Sampler:
         seed: int,
         repeats: int = 1,
         adapters: bool = True,
+        around: Around = nullcontext,
         progress: Callable[[int], None] = lambda n: None,
     ) -> Tensor:
         """Sample `repeats` images of each prompt.
@@ -78,6 +79,7 @@ class Sampler:
             seed: of the noise.
             repeats: images per prompt.
             adapters: False samples the base.
+            around: makes the context of a call of the stock pipeline, such as `NegativeGuidance`.
             progress: called with the number of images finished in each batch.
 
         Returns:
@@ -93,7 +95,8 @@ class Sampler:
                 chunk = jobs[start : start + self.sampling.batch_size]
                 conditioning = {k: torch.cat([self.conditioning[i][k] for i, _ in chunk]) for k in self.conditioning[0]}
                 noise = torch.stack([self.noise(i, j, seed) for i, j in chunk])
-                images = self.family.sample(self.family.encode_tokens(conditioning), negative, noise, self.sampling)
+                texts = self.family.encode_tokens(conditioning)
+                images = self.family.sample(texts, negative, noise, self.sampling, around=around)
                 done.append((images * 255).round().to(torch.uint8))
                 progress(len(chunk))
         if self.family.device.type != "cpu":
