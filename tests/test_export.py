@@ -114,9 +114,16 @@ def same(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
 # Loading elsewhere
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd"])
+@pytest.mark.parametrize("family", ["sdxl", pytest.param("sd", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
-@pytest.mark.parametrize("config", [UNTRUE_ALPHA, RS, LoraConfig(rank=2, alpha=6, targets=("attention", "conv_in"))])
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNTRUE_ALPHA,
+        pytest.param(RS, marks=pytest.mark.slow),
+        pytest.param(LoraConfig(rank=2, alpha=6, targets=("attention", "conv_in")), marks=pytest.mark.slow),
+    ],
+)
 def test_stock_pipelines_load_both_files_with_equal_outputs(
     tmp_path: Path,
     parts: StableDiffusionXLPipeline,
@@ -160,7 +167,7 @@ def test_dora_survives_the_diffusers_file(tmp_path: Path, parts: StableDiffusion
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd"])
-@pytest.mark.parametrize("config", [UNTRUE_ALPHA, RS])
+@pytest.mark.parametrize("config", [UNTRUE_ALPHA, pytest.param(RS, marks=pytest.mark.slow)])
 def test_our_reader_gets_equal_merged_weights_from_every_style(tmp_path: Path, family: str, config: LoraConfig) -> None:
     unet = trained(family, config)
     files = save_lora(unet, config, tmp_path, family=family, metadata={"beta": "5000"})
@@ -312,7 +319,8 @@ def test_sgm_names_of_sdxl_are_the_known_ones() -> None:
 
 @pytest.mark.parametrize("family", ["sdxl", "sd"])
 @pytest.mark.parametrize(
-    ("config", "alpha", "dtype"), [(UNTRUE_ALPHA, 10.0, torch.float32), (RS, 7 * 3**0.5, torch.float16)]
+    ("config", "alpha", "dtype"),
+    [pytest.param(UNTRUE_ALPHA, 10.0, torch.float32, marks=pytest.mark.slow), (RS, 7 * 3**0.5, torch.float16)],
 )
 def test_every_kohya_module_is_down_up_and_a_float_alpha(
     tmp_path: Path, family: str, config: LoraConfig, alpha: float, dtype: torch.dtype
@@ -569,6 +577,7 @@ def test_sd3_kohya_names_are_those_of_the_original_checkpoint(tmp_path: Path, fo
         assert same(converted[f"{path}.weight"], change), path
 
 
+@pytest.mark.slow
 def test_flux_kohya_files_become_the_adapter_again_in_diffusers(tmp_path: Path) -> None:
     """At the published width, which diffusers' converter takes for granted; the network itself has no memory."""
     config = published.component_configs("flux1-dev")["transformer"] | {"num_layers": 1, "num_single_layers": 1}

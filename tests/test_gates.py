@@ -96,6 +96,7 @@ def alone(base: UNet2DConditionModel, expert: str) -> UNet2DConditionModel:
 # The formula
 
 
+@pytest.mark.slow
 def test_softmax_gates_begin_equal_and_the_update_is_the_mean_of_the_experts(base, fused, experts) -> None:
     assert torch.equal(gates_of(fused)(torch.tensor([0.2, 0.9])), torch.full((2, len(gates_of(fused).layers), 2), 0.5))
     mean = copy.deepcopy(base)

@@ -297,8 +297,10 @@ def images_of(family: PipelineFamily) -> Tensor:
     return sampler.images(range(2), seed=3)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
-@pytest.mark.parametrize("lora", [TEXT_ONLY, BOTH], ids=["text", "both"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("sd", marks=pytest.mark.slow), "sdxl", pytest.param("sd3", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("lora", [pytest.param(TEXT_ONLY, marks=pytest.mark.slow), BOTH], ids=["text", "both"])
 def test_files_of_both_styles_bring_the_same_images_back(
     name: str, lora: dict[str, Any], open_family: Any, tmp_path: Path
 ) -> None:
@@ -420,7 +422,7 @@ def test_texforce_starts_on_policy_and_moves_text_encoders_alone(
     assert not torch.equal(sampler.images([0], seed=0, adapters=False), sampler.images([0], seed=0, adapters=True))
 
 
-@pytest.mark.parametrize("lora", [TEXT_ONLY, BOTH], ids=["text", "both"])
+@pytest.mark.parametrize("lora", [pytest.param(TEXT_ONLY, marks=pytest.mark.slow), BOTH], ids=["text", "both"])
 def test_a_resumed_run_ends_with_the_same_adapters(lora: dict[str, Any], online: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"rollout": {"steps_per_generation": 2}}
     training = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": None, "ema_decay": 0.5}
@@ -444,7 +446,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(online: Any) -> None:
     assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no_cache"])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["cache", "no_cache"])
 def test_dpo_trains_text_encoders_on_cached_latents(cached: bool, tiny_config: Any, tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path / "run",
@@ -465,9 +467,11 @@ def test_dpo_trains_text_encoders_on_cached_latents(cached: bool, tiny_config: A
     ("objective", "rollout"),
     [
         ({"name": "draft"}, {"steps_per_sample": None, "samples_per_prompt": 8}),
-        ({"name": "diffusion_nft"}, {"steps_per_sample": None, "guidance_scale": 1.0}),
-        ({"name": "d3po"}, {"shared_start": True}),
-        ({"name": "spo"}, {"steps_per_sample": None, "keep_threshold": 0.0}),
+        pytest.param(
+            {"name": "diffusion_nft"}, {"steps_per_sample": None, "guidance_scale": 1.0}, marks=pytest.mark.slow
+        ),
+        pytest.param({"name": "d3po"}, {"shared_start": True}, marks=pytest.mark.slow),
+        pytest.param({"name": "spo"}, {"steps_per_sample": None, "keep_threshold": 0.0}, marks=pytest.mark.slow),
     ],
     ids=["draft", "nft", "d3po", "spo"],
 )

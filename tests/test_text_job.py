@@ -273,6 +273,7 @@ def test_several_iterations_use_the_log_probabilities_of_the_sampling_policy(run
     assert rows[0]["reward"] == rows[1]["reward"] != rows[2]["reward"]
 
 
+@pytest.mark.slow  # that of images is quicker, and the trainer is the same
 def test_sigterm_leaves_a_checkpoint_and_a_run_that_goes_on(run: Runs, tmp_path: Path, place: Path) -> None:
     changes = online(place, steps_per_generation=2) | {"training__checkpointing_steps": 0}
     tree = config_tree(tmp_path / "stopped", place, **changes, training__max_train_steps=5000)
@@ -351,6 +352,7 @@ def test_rows_whose_label_is_not_read_are_left_out_and_counted(run: Runs, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
+@pytest.mark.slow  # that of images is quicker, and the trainer is the same
 def test_two_processes_equal_one(name: str, run: Runs, tmp_path: Path, place: Path) -> None:
     changes = online(place, steps_per_generation=2) if name == "grpo" else {}
     changes["training__max_train_steps"] = 3

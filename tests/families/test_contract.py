@@ -569,6 +569,7 @@ def test_an_adapter_comes_back_from_its_state(case: Case) -> None:
         assert torch.equal(policy.predict(x, t, conditioning), other.predict(x, t, conditioning))
 
 
+@pytest.mark.slow  # tests/test_gates.py has the tiny SDXL
 def test_gates_weigh_experts_by_every_rows_own_time(case: Case, tmp_path: Path) -> None:
     for k in range(2):
         expert = case.policy(stir=0.1 * (k + 1)).network

@@ -121,12 +121,12 @@ def test_gradient_of_the_reward_is_that_of_finite_differences(config_of: Any, se
     ("objective", "settings"),
     [
         ("draft", {}),
-        ("draft", {"last_steps": 1}),
-        ("draft_lv", {}),
-        ("align_prop", {}),
         ("refl", {"target": 5.0}),
-        ("drtune", {"trained": 1}),
-        ("srpo", {"target": 5.0}),
+        pytest.param("draft", {"last_steps": 1}, marks=pytest.mark.slow),
+        pytest.param("draft_lv", {}, marks=pytest.mark.slow),
+        pytest.param("align_prop", {}, marks=pytest.mark.slow),
+        pytest.param("drtune", {"trained": 1}, marks=pytest.mark.slow),
+        pytest.param("srpo", {"target": 5.0}, marks=pytest.mark.slow),
     ],
 )
 def test_every_method_raises_the_reward(config_of: Any, objective: str, settings: dict[str, Any]) -> None:
@@ -290,6 +290,7 @@ def test_gradients_are_averaged_over_processes_where_the_wrapper_is_not_called()
     assert parameter.grad.tolist() == [2.0, 4.0]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(config_of: Any, adapter_of: Any, tmp_path: Path) -> None:
     """Walks of random length, guidance, noise at every step, checkpoints, two micro-batches; prompts come again."""
     rollout = {"eta": 1.0, "guidance_scale": 2.0, "checkpoint_steps": True}

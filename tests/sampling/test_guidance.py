@@ -159,6 +159,7 @@ def test_nothing_in_the_negative_adapter_is_plain_guidance_to_the_bit(pipe: Any,
     assert torch.equal(run(pipe, name), plain), "everything is put back"
 
 
+@pytest.mark.parametrize("name", ["sdxl", "wan"], indirect=True)
 def test_base_with_a_negative_adapter_leaves_the_positive_branch_alone(pipe: Any, name: str) -> None:
     for layer in Branches(network_of(pipe)).layers.values():
         layer.enable_adapters(False)

@@ -284,7 +284,17 @@ def test_a_dropped_prompt_is_dropped_in_the_sample_too(run: Any, seen: list[Any]
     torch.testing.assert_close(out.metrics["error/rejected"], torch.zeros(8), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "d3po", "gdpo", "grpo", "prdp", "diffusion_nft"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "d3po",
+        "prdp",
+        "diffusion_nft",
+        pytest.param("dpo", marks=pytest.mark.slow),
+        pytest.param("gdpo", marks=pytest.mark.slow),
+        pytest.param("grpo", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_path: Path, adapter_of: Any) -> None:
     settings = {"beta": 50.0} if objective in ("dpo", "gdpo") else {}
     rollout = {"steps_per_generation": 4}
@@ -328,7 +338,20 @@ def test_a_round_may_be_cut_otherwise_when_it_is_resumed(run: Any) -> None:
     assert losses_of(part) == pytest.approx(losses_of(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "gdpo", "diffusion_nft", "d3po", "grpo", "prdp", "spo", "seppo", "dro"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "gdpo",
+        "d3po",
+        "prdp",
+        "dro",
+        pytest.param("dpo", marks=pytest.mark.slow),
+        pytest.param("diffusion_nft", marks=pytest.mark.slow),
+        pytest.param("grpo", marks=pytest.mark.slow),
+        pytest.param("spo", marks=pytest.mark.slow),
+        pytest.param("seppo", marks=pytest.mark.slow),
+    ],
+)
 def test_a_round_is_the_same_on_one_process_and_on_two(
     run: Any, seen: list[Any], monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
@@ -352,7 +375,10 @@ def test_a_round_is_the_same_on_one_process_and_on_two(
     assert [e.id for e in first] == [e.id for e in alone[:half]]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "d3po", "prdp", "spo"])
+@pytest.mark.parametrize(
+    "objective",
+    ["d3po", "prdp", pytest.param("dpo", marks=pytest.mark.slow), pytest.param("spo", marks=pytest.mark.slow)],
+)
 def test_cutting_a_step_into_micro_batches_changes_nothing(run: Any, objective: str) -> None:
     settings = {"dpo": {"beta": 50.0}, "prdp": {"beta": 0.1}}.get(objective, {})
     rollout = {"reward_scale": 100.0} if objective == "spo" else {}
@@ -461,11 +487,11 @@ def test_policy_gradients_train_sampled_steps_at_ratio_one_first(run: Any, seen:
     ("objective", "settings"),
     [
         ("flow_grpo", {"beta": 0.04}),
-        ("dance_grpo", {}),
         ("grpo_guard", {}),
         ("flow_dppo", {}),
         ("dpok", {"beta": 0.01}),
-        ("ddpo", {}),
+        pytest.param("dance_grpo", {}, marks=pytest.mark.slow),
+        pytest.param("ddpo", {}, marks=pytest.mark.slow),
     ],
 )
 def test_what_policy_gradients_on_steps_read_is_nothing_at_first(
@@ -510,12 +536,15 @@ def test_online_objectives_on_noised_samples_start_at_the_policy_that_sampled(
     [
         ("flow_grpo", {"kernel": "flow_sde", "guidance_scale": 2.0, "steps_per_sample": 2}, {0, 1, 2, 3}),
         ("flow_grpo", {"kernel": "cps", "window": 1, "window_range": [0, 1]}, {0, 1}),  # Flow-GRPO-Fast
-        ("dance_grpo", {"kernel": "constant_sde", "steps_per_sample": 2}, {0, 1, 2, 3}),
-        (
+        pytest.param(
+            "dance_grpo", {"kernel": "constant_sde", "steps_per_sample": 2}, {0, 1, 2, 3}, marks=pytest.mark.slow
+        ),
+        pytest.param(  # MixGRPO
             "grpo_guard",
             {"kernel": "flow_sde", "window": 2, "window_range": [0, 1], "window_every": 25},
             {0, 1},
-        ),  # MixGRPO
+            marks=pytest.mark.slow,
+        ),
         ("prdp", {"kernel": "flow_sde"}, {0, 1, 2, 3}),
     ],
 )

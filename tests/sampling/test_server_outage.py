@@ -134,6 +134,7 @@ def assert_same_run(one: Path, other: Path, adapter_of: Callable[[Path], dict[st
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_killed_server_that_comes_back_changes_nothing(
     run: Any, hosting: Hosting, adapter_of: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
