@@ -355,6 +355,7 @@ def test_a_judge_that_dies_leaves_what_it_said(run: Run, tmp_path: Path) -> None
     assert "10 pairs: first better 0, second better 10, ties 0" in said
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path: Path) -> None:
     """A process that is killed without warning; only questions that were under way are asked again."""
     rows = [{"image": str(grey(tmp_path / "img" / f"{i}.png", i / 10)), "prompt": "p"} for i in range(6)]

@@ -120,7 +120,7 @@ def test_it_learns_a_taste_and_the_reward_loads_by_name(tmp_path, data):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"objective": {"name": "bradley_terry"}, "data__ties": "drop"},
+        pytest.param({"objective": {"name": "bradley_terry"}, "data__ties": "drop"}, marks=pytest.mark.slow),
         {"objective": {"name": "bradley_terry_ties"}},
         {
             "judge": {"head": "aspects", "outputs": 2, "tuning": "head"},
@@ -129,7 +129,9 @@ def test_it_learns_a_taste_and_the_reward_loads_by_name(tmp_path, data):
         },
         {"judge": {"head": "general", "outputs": 2}, "objective": {"name": "general_preference"}},
         {"judge": {"head": "experts", "outputs": 3, "criteria": [1, 2], "gate_width": 16}},
-        {"judge": {"tuning": "full"}, "lora": {}, "training__learning_rate": 3e-4},
+        pytest.param(
+            {"judge": {"tuning": "full"}, "lora": {}, "training__learning_rate": 3e-4}, marks=pytest.mark.slow
+        ),
     ],
     ids=["bradley_terry", "ties", "aspects", "general", "experts", "full"],
 )

@@ -235,6 +235,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(load_config("demo_llm_npo", [f"output_dir={folder}", *short, "training.lr_warmup_steps=0"]))
 
 
+@pytest.mark.slow
 def test_the_cards_snippet_runs(tiny: TrainResult) -> None:
     card = (tiny.run_dir / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
