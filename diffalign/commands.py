@@ -168,7 +168,7 @@ def _negative_branch(family: DenoisingFamily, config: RunConfig, path: Path, alp
         )
     network, name = family.network, "negative"
     before = adapters.adapter_names(network)
-    export.load_lora(network, path, family=config.model.family, name=name)
+    export.load_lora(network, path, family=config.model.family, name=name, negative=True)
     if before:
         adapters.use_adapters(network, before, [1.0] * len(before))
     return lambda pipeline: NegativeGuidance(pipeline, name, alpha=alpha, beta=beta)

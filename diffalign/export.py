@@ -412,7 +412,13 @@ class _Layer:
 
 
 def load_lora(
-    network: nn.Module, path: Path, *, family: str, name: str = "default", trainable: bool = False
+    network: nn.Module,
+    path: Path,
+    *,
+    family: str,
+    name: str = "default",
+    trainable: bool = False,
+    negative: bool = False,
 ) -> LoraInfo:
     """Attach the adapter of a file to a network: ours, diffusers' or kohya's (sgm or diffusers names).
 
@@ -425,6 +431,7 @@ def load_lora(
         family: its name.
         name: what the adapter is called here; it becomes the only active one.
         trainable: leave it trainable (training goes on from a file).
+        negative: it is for the negative branch of guidance, so that a negative adapter is no reason for a warning.
 
     Raises:
         CheckpointError: not a LoRA file, of another family or architecture, or with parts that cannot be used.
@@ -468,7 +475,7 @@ def load_lora(
         for parameter in adapters.parameters(network, name):
             parameter.requires_grad_(False)
     role = metadata.get("diffalign.role", "positive")
-    if role == "negative":
+    if role == "negative" and not negative:
         logger.warning(
             "%s: a negative-preference adapter, loaded as an ordinary one: it pulls towards what people reject; "
             "it is meant for the negative branch of classifier-free guidance",

@@ -343,7 +343,10 @@ def recomputed(policy: Policy, call: Callable[[], Tensor]) -> Tensor:
         policy: counts forwards.
         call: the adapter's weights must be the same in the backward pass; draws of dropout are repeated.
     """
-    second = lambda: (nullcontext(), uncounted(policy))  # noqa: E731
+
+    def second() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), uncounted(policy)
+
     output: Tensor = checkpoint(call, use_reentrant=False, context_fn=second)  # type: ignore[no-untyped-call]
     return output
 

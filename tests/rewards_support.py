@@ -1,5 +1,7 @@
 """Pictures for the tests of rewards, and the checks that every reward of pictures has to pass."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,45 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.rewards import Reward, score
+
+_FILE = """
+import torch
+from diffalign.rewards import Reward
+
+class {name}(Reward):
+    "{title}"
+    range = (-10.0, 10.0)
+    unit = "mean over channels and places"
+    differentiable = {differentiable}
+    weights = None
+    licence = "Apache-2.0"
+    gap = "none"
+
+    def __init__(self, device="cpu", dtype=None):
+        pass
+
+    def __call__(self, images, prompts, metadata=None):
+        {score}
+"""
+_BRIGHT = "return images.mean((1, 2, 3))"
+_SOFT = """factor = torch.tensor([1.0 + len(prompt) / 50 for prompt in prompts])
+        return (factor[:, None, None, None] * images).sin().mean((1, 2, 3))"""
+
+
+def write_bright(folder: Path) -> str:
+    """The file of a reward that likes bright pictures."""
+    return _write(folder / "bright.py", "Bright", "How bright a picture is.", _BRIGHT)
+
+
+def write_soft(folder: Path, *, differentiable: bool = True) -> str:
+    """The file of a smooth reward that is another for every prompt."""
+    stem = "soft" if differentiable else "hard"
+    return _write(folder / f"{stem}.py", "Soft", "A sine of the pixels.", _SOFT, differentiable=differentiable)
+
+
+def _write(file: Path, name: str, title: str, score: str, *, differentiable: bool = True) -> str:
+    file.write_text(_FILE.format(name=name, title=title, differentiable=differentiable, score=score))
+    return str(file)
 
 
 def pictures(n: int = 4, height: int = 40, width: int = 40) -> Tensor:

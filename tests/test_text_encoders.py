@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny
+from rewards_support import write_bright
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,24 +32,6 @@ from diffalign.trainer import train
 PROMPTS = ["a red circle", "two green triangles", "a red circle"]
 TEXT_ONLY = {"rank": 0, "text_encoder_rank": 4}
 BOTH = {"rank": 4, "text_encoder_rank": 4}
-REWARD = """
-from diffalign.rewards import Reward
-
-class Bright(Reward):
-    "How bright a picture is."
-    range = (0.0, 1.0)
-    unit = "mean of all channels"
-    differentiable = True
-    weights = None
-    licence = "Apache-2.0"
-    gap = "none"
-
-    def __init__(self, device="cpu", dtype=None):
-        pass
-
-    def __call__(self, images, prompts, metadata=None):
-        return images.mean((1, 2, 3))
-"""
 
 
 @pytest.fixture(scope="session")
@@ -364,7 +347,7 @@ class _Shape:
 @pytest.fixture
 def online(tmp_path: Path, tiny_config: Any) -> Any:
     """`online("name", lora, ...)`: the config of a run of DDPO."""
-    (tmp_path / "bright.py").write_text(REWARD)
+    write_bright(tmp_path)
     reward = str(tmp_path / "bright.py")
 
     def make(name: str, lora: dict[str, Any], family: str = "sdxl", **changes: Any) -> Any:

@@ -141,9 +141,15 @@ class DenoisingFamily(EncodingFamily):
         """What carries adapters: the network, or a `TextConditioned` of it and its text encoders."""
         return self.network
 
+    def no_text_encoders(self) -> ConfigError:
+        """What those get who ask a family without trainable text encoders for them."""
+        return ConfigError(
+            f"family {self.config.family!r} has no text encoders that can be trained; set lora.text_encoder_rank to 0"
+        )
+
     def with_text_encoders(self) -> nn.Module:
         """Network and trainable text encoders as one module (`TextConditioned`), which from now on is `adapted`."""
-        raise NotImplementedError(f"{type(self).__name__} has no text encoders that can be trained")
+        raise self.no_text_encoders()
 
     def tokenize(self, prompts: list[str], encoded: Conditioning) -> Conditioning:
         """Text conditioning with prompts as token ids, for text encoders that are trained; `encode_tokens` encodes it.
@@ -152,7 +158,7 @@ class DenoisingFamily(EncodingFamily):
             prompts: N of them.
             encoded: what `encode_prompts` says of them, of which stays what encoders say that cannot be trained.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no text encoders that can be trained")
+        raise self.no_text_encoders()
 
     def tokenize_negative(self, prompt: str, encoded: Conditioning) -> Conditioning:
         """The same of the unconditional branch, batch 1; `encoded` is what `encode_negative` says of it."""

@@ -205,7 +205,7 @@ class PipelineFamily(DenoisingFamily):
         Args:
             tokens: as `tokenize` makes them, without what other encoders say, on the family's device; M distinct prompts.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no trainable text encoders")
+        raise self.no_text_encoders()
 
     def joined(self, encoded: Conditioning, rest: Conditioning) -> Conditioning:
         """What trained text encoders say together with what others have said (`rest`)."""

@@ -35,6 +35,7 @@ from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
 import torch
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from torch import Tensor, nn
 
 from diffalign.adapters import adapter_names
@@ -64,13 +65,6 @@ def interval(scale: float, start: float, end: float) -> Scale:
     return lambda step, steps: scale if start <= step / steps < end else 1.0
 
 
-def rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:
-    """Guided predictions (B, C, ...) with the deviation of the positive ones, `share` of the way (arXiv 2305.08891)."""
-    axes = tuple(range(1, guided.ndim))
-    whole = guided * (positive.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
-    return share * whole + (1 - share) * guided
-
-
 @dataclass
 class _Run:
     """Where a pipeline's run has got to."""
@@ -92,7 +86,7 @@ class NegativeGuidance:
         alpha: share of the positive adapters in the negative branch.
         beta: weight of the negative adapter.
         scale: guidance scale by step, in place of the pipeline's number; see `falling` and `interval`.
-        rescale: share of `rescaled` guidance; leave the pipeline's own at 0.
+        rescale: diffusers' `guidance_rescale` (arXiv 2305.08891), for any pipeline; leave the pipeline's own at 0.
         prompt_scale, prompt_steps: the negative prompt's embedding is multiplied by `prompt_scale` in the first
             `prompt_steps` steps (EchoMimicV3: 1.5 in 3, whose code multiplies anew in every step, up to 3.375). Without
             effect where the network normalises its text (Qwen-Image).
@@ -296,7 +290,7 @@ class NegativeGuidance:
         below, above = negative.float(), positive.float()
         guided = below + wanted * (above - below)
         if self.rescale:
-            guided = rescaled(guided, above, self.rescale)
+            guided = rescale_noise_cfg(guided, above, self.rescale)
         return ((guided - w * above) / (1 - w)).to(negative.dtype)
 
     def _with_prompt(self, args: Any, kwargs: dict[str, Any], rows: slice) -> tuple[Any, dict[str, Any]]:

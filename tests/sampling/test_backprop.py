@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rewards_support import write_soft
 
 from diffalign import checkpoint, rewards
 from diffalign.config_loading import dump
@@ -23,34 +24,12 @@ from diffalign.policy import guided
 from diffalign.sampling.backprop import PromptBatch, RewardPaths, SamplerChain, through_decoder
 from diffalign.trainer import average_gradients, train
 
-REWARD = """
-from diffalign.rewards import Reward
-
-class Soft(Reward):
-    "A smooth function of a picture, other for every prompt."
-    range = (-10.0, 10.0)
-    unit = "sine of the pixels"
-    differentiable = DIFFERENTIABLE
-    weights = None
-    licence = "Apache-2.0"
-    gap = "none"
-
-    def __init__(self, device="cpu", dtype=None):
-        pass
-
-    def __call__(self, images, prompts, metadata=None):
-        import torch
-        factor = torch.tensor([1.0 + len(prompt) / 50 for prompt in prompts])
-        return (factor[:, None, None, None] * images).sin().mean((1, 2, 3))
-"""
 PROMPTS = ["a small red circle on a black background", "a large blue square", "two green triangles"]
 
 
 @pytest.fixture
 def soft(tmp_path: Path) -> str:
-    file = tmp_path / "soft.py"
-    file.write_text(REWARD.replace("DIFFERENTIABLE", "True"))
-    return str(file)
+    return write_soft(tmp_path)
 
 
 @pytest.fixture
@@ -330,10 +309,9 @@ def test_two_processes_equal_one(config_of: Any, adapter_of: Any, tmp_path: Path
 
 
 def test_what_cannot_be_differentiated_is_refused_at_once(config_of: Any, tmp_path: Path) -> None:
-    hard = tmp_path / "hard.py"
-    hard.write_text(REWARD.replace("DIFFERENTIABLE", "False"))
+    hard = write_soft(tmp_path, differentiable=False)
     with pytest.raises(ConfigError, match=r"not differentiable.*'draft' follows its gradient"):
-        train(config_of("run", rollout={"rewards": [str(hard)]}))
+        train(config_of("run", rollout={"rewards": [hard]}))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rewards_support import write_soft
 
 from diffalign import losses
 from diffalign.config import RunConfig
@@ -24,26 +25,6 @@ from diffalign.sampling.entries import CLASSES, Sampled, StepRows, TrajectoryBat
 from diffalign.sampling.rules import has_lagged
 from diffalign.sampling.trajectories import Trajectory, log_density
 
-REWARD = """
-import torch
-from diffalign.rewards import Reward
-
-class Soft(Reward):
-    "A smooth function of a picture, other for every prompt."
-    range = (-10.0, 10.0)
-    unit = "sine of the pixels"
-    differentiable = True
-    weights = None
-    licence = "Apache-2.0"
-    gap = "none"
-
-    def __init__(self, device="cpu", dtype=None):
-        pass
-
-    def __call__(self, images, prompts, metadata=None):
-        factor = torch.tensor([1.0 + len(prompt) / 50 for prompt in prompts])
-        return (factor[:, None, None, None] * images).sin().mean((1, 2, 3))
-"""
 PROMPTS = ["a small red circle on a black background", "two green triangles"]
 
 
@@ -92,10 +73,10 @@ METHODS = [
 def tree(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Any, pair_parquet: Any) -> Any:
     """The configuration of a method."""
     folder = tmp_path_factory.mktemp("online")
-    (folder / "soft.py").write_text(REWARD)
+    reward = write_soft(folder)
 
     def make(method: Method, **changes: Any) -> RunConfig:
-        own = {} if method.data else {"prompts": PROMPTS, "rewards": [str(folder / "soft.py")], "samples_per_prompt": 2}
+        own = {} if method.data else {"prompts": PROMPTS, "rewards": [reward], "samples_per_prompt": 2}
         if method.name in ("draft", "draft_lv", "align_prop", "drtune", "refl", "srpo"):
             del own["samples_per_prompt"]
         sections: dict[str, Any] = {

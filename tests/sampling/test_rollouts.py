@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rewards_support import write_bright
 
 from diffalign import checkpoint, rewards
 from diffalign.adapters import adapters_off
@@ -26,24 +27,6 @@ from diffalign.sampling.rollouts import ImageRollouts, Scoring
 from diffalign.sampling.trajectories import Trajectory, log_density
 from diffalign.trainer import train
 
-REWARD = """
-from diffalign.rewards import Reward
-
-class Bright(Reward):
-    "How bright a picture is."
-    range = (0.0, 1.0)
-    unit = "mean of all channels"
-    differentiable = True
-    weights = None
-    licence = "Apache-2.0"
-    gap = "none"
-
-    def __init__(self, device="cpu", dtype=None):
-        pass
-
-    def __call__(self, images, prompts, metadata=None):
-        return images.mean((1, 2, 3))
-"""
 PROMPTS = [
     "a small red circle on a black background",
     "a large blue square on a white background",
@@ -54,9 +37,7 @@ ONLINE = {"prompts": PROMPTS, "samples_per_prompt": 2, "num_inference_steps": 4}
 
 @pytest.fixture
 def bright(tmp_path: Path) -> str:
-    file = tmp_path / "bright.py"
-    file.write_text(REWARD)
-    return str(file)
+    return write_bright(tmp_path)
 
 
 @pytest.fixture
