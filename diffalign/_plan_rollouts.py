@@ -8,6 +8,7 @@ from diffalign.architecture import Architecture
 from diffalign.config import RunConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.families import DenoisingFamily
+from diffalign.losses.diffusion.self_npo import SelfNPO
 from diffalign.losses.diffusion.walks import Backprop
 from diffalign.measure import NetworkCost, measure_decoder
 from diffalign.sampling.rules import DECODED, detaches_negative, recomputes_steps, samples_images, sampling_policy
@@ -90,7 +91,7 @@ def single_images(config: RunConfig) -> bool:
     """Whether a batch counts sampled images one by one: groups, items, and chosen images."""
     needs = config.objective.needs
     return samples_images(config) and (
-        config.objective.rows_from in ("data", "steps", "whole_trajectories", "differentiable")
+        config.objective.rows_from in ("data", "truncated", "steps", "whole_trajectories", "differentiable")
         and "pairs" not in needs.layout
     )
 
@@ -134,7 +135,9 @@ def plan_sampling(
         rollout.window or rollout.steps_per_sample
     ):  # the last step has no density as a rule
         trained = max(1, steps - 1 - rollout.first_step)
-    count = 1 if source in ("generated", "on_policy") else rollout.samples_per_prompt
+    count = 1 if source in ("generated", "on_policy", "truncated") else rollout.samples_per_prompt
+    if isinstance(config.objective, SelfNPO):  # it stops on the way, and is asked once more there
+        steps = 1 + (min(config.objective.steps, steps) if config.objective.from_data else steps // 2)
     apart = source == "on_policy" or (config.objective.trains_steps and source != "whole_trajectories")
     per_prompt = group_of(config) * (trained if apart else 1)
     prompts = effective_batch / per_prompt / rollout.num_iterations

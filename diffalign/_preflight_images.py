@@ -77,6 +77,18 @@ UNREAD = (
         "objective {objective!r} follows a reward's gradient through the sampler and measures no denoising error",
     ),
     Unread(
+        "denoising",
+        (*TIMES, "noise", *INVERSION, "proportion_empty_prompts"),
+        _source("truncated"),
+        "objective {objective!r} noises the points of its walks further, to any level above theirs, with their prompt",
+    ),
+    Unread(
+        "rollout",
+        ("samples_per_prompt", "eta", "kernel", "reward_weights"),
+        _source("truncated"),
+        "objective {objective!r} makes one walk without noise for every prompt, and reads no reward",
+    ),
+    Unread(
         "rollout",
         ("samples_per_prompt", "steps_per_generation", "num_iterations", "policy"),
         _source("differentiable"),
@@ -261,8 +273,13 @@ def check_round(config: RunConfig) -> None:
             f"rollout.guidance_scale: got {rollout.guidance_scale}; {objective.name!r} trains predictions with a prompt on "
             "targets that the sampler predicted, so it samples without guidance: take 1"
         )
-    if objective.rows_from in FROM_DATA:
+    if objective.from_data:
         _check_sizes(config)
+    if objective.rows_from == "truncated" and rollout.num_inference_steps < 2:
+        raise ConfigError(
+            f"rollout.num_inference_steps: got {rollout.num_inference_steps}; objective {objective.name!r} stops on the "
+            "way: expected at least 2"
+        )
 
 
 def check_groups(config: RunConfig) -> None:

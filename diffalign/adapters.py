@@ -47,6 +47,7 @@ _IN_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NOT_FEED_FORWARD = re.compile(r"mixer|mamba|ssm|router|(^|[._])gate$", re.IGNORECASE)  # state-space layers, routers
 
 # Checked against peft 0.21: what each of its initialisations does to a network.
+DEFAULT = "default"  # name of the adapter that is trained
 _SAFE_INITS = ("gaussian", "default", "orthogonal", "mica")
 _LINEAR_ONLY_INITS = ("orthogonal", "mica")
 _REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -108,14 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", default=[], help="may be given several times")
     generate.add_argument("--prompts", help="a file or a shipped list; default: the config's evaluation prompts")
     generate.add_argument("--adapter", help="LoRA file, peft folder or run folder; default: the run folder's own")
-    generate.add_argument(
-        "--negative-adapter",
-        help="LoRA file for the negative branch of guidance alone (Diffusion-NPO); no --adapter: the base's",
-    )
-    generate.add_argument(
-        "--alpha", type=float, default=1.0, help="share of --adapter in the negative branch (default: 1)"
-    )
-    generate.add_argument("--beta", type=float, default=1.0, help="weight of --negative-adapter (default: 1)")
+    add_negative(generate)
     generate.add_argument("--base", action="store_true", help="also sample the base with the same noise, side by side")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--images-per-prompt", "--samples-per-prompt", type=int, default=1, dest="samples_per_prompt")
@@ -125,6 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", default="generated", help="folder for images or answers")
     evaluate = add("evaluate", run_evaluate, "base against adapter: rewards and win rate with intervals")
     evaluate.add_argument("--adapter", help="LoRA file or run folder; default: the run folder's own")
+    add_negative(evaluate)
+    evaluate.add_argument(
+        "--against",
+        choices=("base", "adapter"),
+        default="base",
+        help="compare with the base (default), or with --adapter without --negative-adapter",
+    )
     evaluate.add_argument("--out", help="where to write the JSON; default: <output_dir>/evaluation.json")
     export = add("export", run_export, "write an adapter: for diffusers and kohya / ComfyUI, or as a peft folder")
     export.add_argument(
@@ -357,6 +357,23 @@ def run_cache(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_negative(parser: argparse.ArgumentParser) -> None:
+    """Options of the negative branch of guidance."""
+    parser.add_argument(
+        "--negative-adapter",
+        help="LoRA file or run folder for the negative branch of guidance alone (Diffusion-NPO); no --adapter: the base's",
+    )
+    parser.add_argument(
+        "--alpha", type=float, default=1.0, help="share of --adapter in the negative branch (default: 1)"
+    )
+    parser.add_argument("--beta", type=float, default=1.0, help="weight of --negative-adapter (default: 1)")
+
+
+def negative_of(args: argparse.Namespace) -> Path | None:
+    """The adapter of the negative branch."""
+    return Path(args.negative_adapter) if args.negative_adapter else None
+
+
 def run_generate(args: argparse.Namespace) -> int:
     from diffalign.commands import generate, is_text
 
@@ -365,7 +382,7 @@ def run_generate(args: argparse.Namespace) -> int:
         return generate_texts(args, config)
     if args.chat:
         raise UserError(f"--chat: family {config.model.family!r} makes images; leave it out")
-    negative = Path(args.negative_adapter) if args.negative_adapter else None
+    negative = negative_of(args)
     folder = generate(
         config,
         prompts=args.prompt or args.prompts,
@@ -411,16 +428,31 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from diffalign import commands
 
     config = read_config(args)
-    adapter = adapter_of(args)
-    if adapter is None:
+    negative = negative_of(args)
+    adapter = adapter_of(args) if args.adapter or negative is None else None
+    if adapter is None and negative is None:
         raise UserError("evaluate needs an adapter; give --adapter FILE, or a run folder instead of a config")
     out = Path(args.out) if args.out else Path(config.output_dir) / "evaluation.json"
     if commands.is_text(config):
         from diffalign.text.commands import evaluate_adapter as evaluate_texts
 
+        if adapter is None or negative is not None:
+            raise UserError(
+                f"--negative-adapter: family {config.model.family!r} writes texts, without guidance; leave it out"
+            )
         print_result(evaluate_texts(config, adapter, out))
     else:
-        print_result(commands.evaluate_adapter(config, adapter, out))
+        print_result(
+            commands.evaluate_adapter(
+                config,
+                adapter,
+                out,
+                negative_adapter=negative,
+                alpha=args.alpha,
+                beta=args.beta,
+                against=args.against,
+            )
+        )
     print(f"written to {out}")
     return 0
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,6 +31,7 @@ from diffalign.policy import Policy
 from diffalign.progress import Progress
 from diffalign.sampling import Sampler, save_png
 from diffalign.sampling.guidance import NegativeGuidance
+from diffalign.sampling.rules import flipped_pairs
 from diffalign.text_encoders import attach, trains_text
 
 
@@ -40,8 +41,22 @@ def is_text(config: RunConfig) -> bool:
     return bool(family.modality == "text")
 
 
-def load_adapter(family: DenoisingFamily, config: RunConfig, path: Path) -> dict[str, str]:
+def load_adapter(
+    family: DenoisingFamily,
+    config: RunConfig,
+    path: Path,
+    name: str = adapters.DEFAULT,
+    *,
+    negative: bool = False,
+) -> dict[str, str]:
     """Attach an adapter file, a run folder's, or a checkpoint folder's (its average, if the run keeps one).
+
+    Args:
+        family: with its network in memory.
+        config: of the run that a checkpoint is of.
+        path: of file or folder.
+        name: what the adapter is called.
+        negative: it is for the negative branch of guidance.
 
     Returns:
         What is known about it, as export metadata.
@@ -51,17 +66,22 @@ def load_adapter(family: DenoisingFamily, config: RunConfig, path: Path) -> dict
     """
     network = family.with_text_encoders() if adapts_text(family, config, path) else family.adapted
     if not (path / "manifest.json").is_file():
-        info = export.load_lora(network, path, family=config.model.family)
+        info = export.load_lora(network, path, family=config.model.family, name=name, negative=negative)
         ours = {k.removeprefix("diffalign."): v for k, v in info.metadata.items() if k.startswith("diffalign.")}
         return ours | {"role": info.role}
     found = checkpoint.load(path, config)
-    params = attach(network, config.lora)
-    adapters.load_state_dict(network, found.adapter)
+    params = attach(network, config.lora, name=name)
+    adapters.load_state_dict(network, found.adapter, name)
     if "ema" in found.state:  # the average is what a run samples and saves
         with torch.no_grad():
             for param, average in zip(params, found.state["ema"]["shadow_params"], strict=True):
                 param.copy_(average)
-    return {"step": str(found.step), "base": config.model.pretrained, "role": "positive"}
+    return {"step": str(found.step), "base": config.model.pretrained, "role": role_of(config)}
+
+
+def role_of(config: RunConfig) -> str:
+    """What the adapter of a run is for, as its files say."""
+    return "negative" if config.negative.alone else "positive"
 
 
 def adapts_text(family: DenoisingFamily, config: RunConfig, path: Path) -> bool:
@@ -122,15 +142,12 @@ def generate(
     require_writable(out)
     accelerator = make_accelerator(config.training, config.output_dir)
     family = open_denoising(config, accelerator)
+    adapter, negative_adapter = _branches(config, adapter, negative_adapter)
     side, frames = config.data.resolution, config.data.num_frames
     tokens = adapter is not None and adapts_text(family, config, adapter)
     sampler = Sampler(family, texts, config.sampling, side, frames=frames, tokens=tokens)
     family.load(NETWORK)
-    if adapter is not None:
-        load_adapter(family, config, adapter)
-    around: Around = nullcontext
-    if negative_adapter is not None:
-        around = _negative_branch(family, config, negative_adapter, alpha, beta)
+    around = _attach(family, config, adapter, negative_adapter, alpha, beta)
     asked = "guided" if negative_adapter else "adapter" if adapter else None
     sides = ([("base", False)] if with_base or asked is None else []) + ([(asked, True)] if asked else [])
     rows = []
@@ -154,13 +171,33 @@ def generate(
     return out
 
 
-def _negative_branch(family: DenoisingFamily, config: RunConfig, path: Path, alpha: float, beta: float) -> Around:
-    """Attach an adapter for the negative branch beside the one that is there.
+def _branches(
+    config: RunConfig, adapter: Path | None, negative_adapter: Path | None
+) -> tuple[Path | None, Path | None]:
+    """The adapters of both branches of guidance: that of a run which trains a negative one is for the negative branch."""
+    if config.negative.alone and negative_adapter is None:
+        return None, adapter
+    return adapter, negative_adapter
+
+
+def _attach(
+    family: DenoisingFamily,
+    config: RunConfig,
+    adapter: Path | None,
+    negative_adapter: Path | None,
+    alpha: float,
+    beta: float,
+) -> Around:
+    """Attach the adapters of both branches; returns what a call of the stock pipeline needs around it.
 
     Raises:
-        CheckpointError: it does not fit.
+        CheckpointError: one of them does not fit.
         ConfigError: guidance is off.
     """
+    if adapter is not None:
+        load_adapter(family, config, adapter)
+    if negative_adapter is None:
+        return nullcontext
     if config.sampling.guidance_scale <= 1:
         raise ConfigError(
             f"--negative-adapter: sampling.guidance_scale is {config.sampling.guidance_scale}, so that there is no negative "
@@ -168,15 +205,36 @@ def _negative_branch(family: DenoisingFamily, config: RunConfig, path: Path, alp
         )
     network, name = family.network, "negative"
     before = adapters.adapter_names(network)
-    export.load_lora(network, path, family=config.model.family, name=name, negative=True)
+    load_adapter(family, config, negative_adapter, name, negative=True)
     if before:
         adapters.use_adapters(network, before, [1.0] * len(before))
     return lambda pipeline: NegativeGuidance(pipeline, name, alpha=alpha, beta=beta)
 
 
-def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, Any]:
-    """Compare base and adapter on the config's evaluation prompts and held-out pairs, and write the numbers."""
+def evaluate_adapter(
+    config: RunConfig,
+    adapter: Path | None,
+    out: Path,
+    *,
+    negative_adapter: Path | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    against: Literal["base", "adapter"] = "base",
+) -> dict[str, Any]:
+    """Compare base and adapter on the config's evaluation prompts and held-out pairs, and write the numbers.
+
+    Args:
+        config: of a run.
+        adapter: file or folder; None: the base's own weights, with a negative adapter.
+        out: of the numbers, JSON.
+        negative_adapter: for the negative branch of guidance alone.
+        alpha, beta: see `diffalign.sampling.guidance`.
+        against: what is compared with: the base, or the adapter without the negative one.
+    """
     preflight.check_sampling(config)
+    adapter, negative_adapter = _branches(config, adapter, negative_adapter)
+    if against == "adapter" and (adapter is None or negative_adapter is None):
+        raise ConfigError("--against adapter: compares --adapter with and without --negative-adapter; give both")
     if not config.evaluation.prompts or not config.evaluation.rewards:
         raise ConfigError("evaluation.prompts and evaluation.rewards must both be set to evaluate")
     texts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
@@ -185,19 +243,30 @@ def evaluate_adapter(config: RunConfig, adapter: Path, out: Path) -> dict[str, A
     family = open_denoising(config, accelerator)
     preflight.check_schedule(config, family)
     fraction, objective = config.evaluation.held_out_fraction, config.objective
-    data = prepare(config, family, accelerator).data if fraction and objective.reads_reference() else None
+    ranks = fraction and objective.reads_reference() and (adapter is None) != (negative_adapter is None)
+    data = prepare(config, family, accelerator).data if ranks else None
     autocast = accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
-    side, frames, tokens = config.data.resolution, config.data.num_frames, adapts_text(family, config, adapter)
+    side, frames = config.data.resolution, config.data.num_frames
+    tokens = adapter is not None and adapts_text(family, config, adapter)
     sampler = Sampler(family, texts, config.sampling, side, autocast, frames, tokens=tokens)
     family.load(NETWORK)
-    load_adapter(family, config, adapter)
-    evaluation, _, _ = evaluate.compare(sampler, config.evaluation, accelerator.device)
-    result = evaluation.headline() | {"adapter": str(adapter)}
+    around = _attach(family, config, adapter, negative_adapter, alpha, beta)
+    evaluation, _, _ = evaluate.compare(
+        sampler,
+        config.evaluation,
+        accelerator.device,
+        base=evaluate.Side(adapters=against == "adapter"),
+        aligned=evaluate.Side(adapters=adapter is not None, around=around),
+    )
+    found = {"adapter": adapter, "negative_adapter": negative_adapter}
+    result = evaluation.headline() | {name: str(path) for name, path in found.items() if path is not None}
+    if negative_adapter is not None:
+        result |= {"alpha": alpha, "beta": beta, "against": against}
     if data is not None:
         data = TokenizedPairs(data, family) if tokens else data
         _, held_out = split_held_out(data.prompts, fraction)
         plan = BatchPlan(range(len(data)), data.target_sizes, 1, config.seed)
-        dataset = PairMicroBatches(data, plan, config.denoising, family, config.seed)
+        dataset = PairMicroBatches(data, plan, config.denoising, family, config.seed, flipped=flipped_pairs(config))
         policy = Policy(family, family.adapted, autocast=autocast, denoising=config.denoising)
         result |= held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
     atomic_write_text(out, json.dumps(result, indent=1))

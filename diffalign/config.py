@@ -25,6 +25,8 @@ class ModelConfig:
         prediction_type: override the scheduler's ("epsilon" or "v_prediction"), for checkpoints that do not say.
         flow_shift: override the scheduler's shift of a flow model (SD3: 3): larger is more noise, for training and sampling.
         max_sequence_length: tokens of the T5 or language-model text encoder; null: the stock pipeline's default.
+        adapters: LoRA files or run folders that are fused into the network when it is loaded: the base then is the model
+            with them (images).
         load_in_4bit: load the frozen weights of a language model in 4 bits (NF4; needs bitsandbytes and a GPU).
     """
 
@@ -38,6 +40,7 @@ class ModelConfig:
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     flow_shift: float | None = None
     max_sequence_length: int | None = None
+    adapters: tuple[str, ...] = ()
     load_in_4bit: bool = False
 
 
@@ -433,6 +436,31 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NegativeConfig:
+    """Training for the negative branch of classifier-free guidance: what guidance subtracts (images).
+
+    Attributes:
+        train: null: an ordinary run. "flip": the adapter learns what people do not like, for the negative branch alone:
+            chosen and rejected images change places and rewards their sign, with any objective (Diffusion-NPO). "plain":
+            what the objective teaches anyway is for the negative branch (Self-NPO, or fine-tuning on bad images).
+            "guided": the adapter acts in the negative branch alone during training, too, and what is trained is the guided
+            prediction, for the same rewards as ever (what the released code of Diffusion-NPO does for rewards): objectives
+            on a sampler's steps, or that follow a reward's gradient, with `rollout.guidance_scale` above 1.
+            "empty_prompts": one adapter for both branches: where the prompt is dropped
+            (`denoising.proportion_empty_prompts`), chosen and rejected change places (Diff-SNPO).
+        beta: weight of the adapter in the negative branch when images are sampled.
+    """
+
+    train: Literal["flip", "plain", "guided", "empty_prompts"] | None = None
+    beta: float = 1.0
+
+    @property
+    def alone(self) -> bool:
+        """Whether the adapter is for the negative branch alone."""
+        return self.train in ("flip", "plain", "guided")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """The adapter, in peft's terms.
 
@@ -664,6 +692,7 @@ class RunConfig:
     objective: Any
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    negative: NegativeConfig = field(default_factory=NegativeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

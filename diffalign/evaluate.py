@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffalign import rewards, score_cache, statistics
 from diffalign.config import EvaluationConfig
 from diffalign.data.batch import collate
 from diffalign.data.loader import PairMicroBatches
+from diffalign.families import Around
 from diffalign.policy import Policy
 from diffalign.progress import Progress
 from diffalign.sampling import Sampler, sampling_mode, to_float
@@ -80,44 +82,58 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True)
+class Side:
+    """What is sampled for one side of a comparison; see `Sampler.images`."""
+
+    adapters: bool
+    around: Around = nullcontext
+
+
 def compare(
-    sampler: Sampler, config: EvaluationConfig, device: torch.device | str = "cpu"
+    sampler: Sampler,
+    config: EvaluationConfig,
+    device: torch.device | str = "cpu",
+    *,
+    base: Side = Side(adapters=False),
+    aligned: Side = Side(adapters=True),
 ) -> tuple[Evaluation, Tensor, Tensor]:
-    """Sample base and adapter on every prompt of the sampler, and score both.
+    """Sample base and adapter (or whatever the sides are) on every prompt of the sampler, and score both.
 
     Returns:
         The evaluation, and the first image of every prompt from base and adapter, uint8 (P, 3, H, W) or (P, 3, F, H, W).
     """
     indices = range(len(sampler.prompts))
     images = {}
-    for name, adapters in (("base", False), ("aligned", True)):
+    for name, side in (("base", base), ("aligned", aligned)):
         with Progress(f"sampling {name}", len(indices) * config.images_per_prompt) as progress:
             images[name] = sampler.images(
                 indices,
                 seed=config.seed,
                 repeats=config.images_per_prompt,
-                adapters=adapters,
+                adapters=side.adapters,
+                around=side.around,
                 progress=progress.advance,
             )
     evaluation = Evaluation(len(sampler.prompts), config.images_per_prompt, config.seed)
     evaluation.drift = pixel_distance(images["base"], images["aligned"])
     if config.images_per_prompt > 1:
         count = config.images_per_prompt
-        for side, image in images.items():
+        for name, image in images.items():
             by_prompt = image.view(-1, count, *image.shape[1:])
-            evaluation.diversity[side] = pixel_distance(by_prompt[:, :-1].flatten(0, 1), by_prompt[:, 1:].flatten(0, 1))
+            evaluation.diversity[name] = pixel_distance(by_prompt[:, :-1].flatten(0, 1), by_prompt[:, 1:].flatten(0, 1))
     prompts = [prompt for prompt in sampler.prompts for _ in range(config.images_per_prompt)]
     with score_cache.from_environment() as cache:
         for name in config.rewards:
             reward = rewards.load(name, device=device)
             scores = {
-                side: score_all(reward, image, prompts, cache=cache, name=name)
+                who: score_all(reward, image, prompts, cache=cache, name=name)
                 .view(-1, config.images_per_prompt)
                 .numpy()
-                for side, image in images.items()
+                for who, image in images.items()
             }
             evaluation.results.append(reward_result(name, scores["base"], scores["aligned"]))
-            evaluation.scores[name] = {side: value.tolist() for side, value in scores.items()}
+            evaluation.scores[name] = {who: value.tolist() for who, value in scores.items()}
     step = config.images_per_prompt
     return evaluation, images["base"][::step], images["aligned"][::step]
 

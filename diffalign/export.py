@@ -442,7 +442,7 @@ def load_lora(
     if "diffalign.gates" in metadata:
         from diffalign.gates import load_gated
 
-        _check_family(file, metadata, family)
+        check_family(file, metadata, family)
         return load_gated(network, file, name=name, trainable=trainable)
     origin = _origin(metadata)
     style = "kohya" if any(key.startswith(("lora_unet_", "lora_te")) for key in tensors) else "diffusers"
@@ -450,7 +450,7 @@ def load_lora(
         _read_part(file, part, module, own, metadata, style, family, origin)
         for part, module, own in _tensors_by_part(file, network, tensors)
     ]
-    _check_family(file, metadata, family)
+    check_family(file, metadata, family)
     silent = all(not one.settings and layer.alpha is None for one in found for layer in one.layers.values())
     if style == "diffusers" and silent:
         logger.info("%s: no alpha in the file; alpha = rank, as diffusers reads it", file)
@@ -561,7 +561,12 @@ def _read_part(
     return _Found(module=module, layers=layers, settings=settings)
 
 
-def _check_family(file: Path, metadata: Mapping[str, str], family: str) -> None:
+def check_family(file: Path, metadata: Mapping[str, str], family: str) -> None:
+    """Refuse a file that says it is for another family.
+
+    Raises:
+        CheckpointError: naming both.
+    """
     if metadata.get("diffalign.family", family) != family:
         raise CheckpointError(
             f"{file}: an adapter for {_origin(metadata)}, got model.family {family!r}; load it into its own family"

@@ -151,9 +151,13 @@ def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
     what = _adapter_label(config)
     if config.lora.experts:
         what = f"{len(config.lora.experts)} frozen LoRA experts and gates that fuse them by layer and denoising time (TLPO)"
+    if config.negative.alone:
+        what += ", **for the negative branch of classifier-free guidance alone**,"
+    fused = [Path(source).name for source in config.model.adapters]
+    base = _base_label(config.model) + (f" with {' and '.join(fused)} fused into it" if fused else "")
     return (
         f"# {name}\n\n{what} for "
-        f"{_base_label(config.model)}, trained with **{title}** on preference pairs by "
+        f"{base}, trained with **{title}** on preference pairs by "
         f"diffalign {__version__}. The base model's weights are unchanged: without "
         "the adapter you have the reference that training started from."
     )
@@ -187,6 +191,11 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
                 "Gates depend on the denoising time: they cannot be merged into weights, and no file for ComfyUI, web UIs "
                 "or `load_lora_weights` can hold them. This needs diffalign."
             )
+        elif config.negative.alone:
+            parts.append(
+                "Loaded as an ordinary LoRA it does the opposite of what it is for: it acts in the branch that guidance "
+                "subtracts. `alpha` is the share of your other adapters in that branch, `beta` the weight of this one."
+            )
         elif _has_lora_loader(config.model):
             parts.append("`adapter_weights` in `pipe.set_adapters('default_0', adapter_weights=0.7)` weakens it.")
         else:
@@ -195,10 +204,17 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
             )
         parts.append(
             "On the command line, in this folder: base and adapter side by side on the same noise.\n\n"
-            "```bash\ndiffalign generate config.yaml --adapter . --prompt "
+            f"```bash\ndiffalign generate config.yaml {'--negative-adapter' if config.negative.alone else '--adapter'} . "
+            f"{'--base ' if config.negative.alone else ''}--prompt "
             f"{json.dumps(_prompt(config))}\n```"
         )
-    if "kohya" in files:
+    if "kohya" in files and config.negative.alone:
+        parts.append(
+            f"In ComfyUI, copy `{files['kohya']}` to `models/loras`. A *Load LoRA* node would patch both branches: make a "
+            "hook with *Create Hook LoRA* (strength_model 1.0, strength_clip 0) and put it on the negative conditioning alone "
+            "with *Cond Set Props*, before that goes into the sampler."
+        )
+    elif "kohya" in files:
         strength = "the model. The text encoders were not trained; their strength has no effect."
         if trains_text(config.lora):
             strength = "model and clip: the text encoders were trained, too."
@@ -265,7 +281,19 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
             f"pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, {_shift_key(model)}="
             f"{model.flow_shift})"
         )
-    if config.lora.experts:
+    alone, adapter = config.negative.alone, quoted(lora)
+    lines += _fuse_lines(model)
+    if alone:
+        lines.insert(1, "from diffalign.sampling.guidance import NegativeGuidance")
+        load = ""
+        if not _has_lora_loader(model):
+            lines.insert(1, "from diffalign.export import load_lora")
+            load = (
+                f'load_lora(pipe.{_network_part(model)}, {quoted(lora)}, family={quoted(model.family)}, name="negative", '
+                "negative=True)"
+            )
+            adapter = quoted("negative")
+    elif config.lora.experts:
         lines.insert(1, "from diffalign.gates import load_gated")
         load = f"load_gated(pipe.{_network_part(model)}, {quoted(lora)})"
     elif _has_lora_loader(model):
@@ -274,7 +302,9 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
         lines.insert(1, "from diffalign.export import load_lora")
         load = f"load_lora(pipe.{_network_part(model)}, {quoted(lora)}, family={quoted(model.family)})"
     frames = _frames(config)
-    lines += [load, "", f"{'frames' if frames > 1 else 'image'} = pipe(", f"    {quoted(_prompt(config))},"]
+    lines += [load] if load else []
+    start = len(lines) + 1
+    lines += ["", f"{'frames' if frames > 1 else 'image'} = pipe(", f"    {quoted(_prompt(config))},"]
     # Qwen-Image is guided only where there is a negative prompt, an empty one included.
     guidance = GUIDANCE.get(model.family, "guidance_scale")
     if sampling.negative_prompt or (guidance == "true_cfg_scale" and sampling.guidance_scale > 1):
@@ -294,13 +324,28 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
     if video:
         lines += [f"    num_frames={frames},", *([] if frames > 1 else ['    output_type="pil",'])]
     lines += ["    generator=torch.Generator().manual_seed(0),"]
+    lines += [").frames[0]" if frames > 1 else ").frames[0][0]" if video else ").images[0]"]
+    if alone:
+        beta = f", beta={config.negative.beta:g}" if config.negative.beta != 1 else ""
+        call = [f"with NegativeGuidance(pipe, {adapter}{beta}):", *(f"    {line}" for line in lines[start:])]
+        lines[start:] = call
     if frames > 1:
         lines.insert(1, "from diffusers.utils import export_to_video")
         fps = FRAMES_PER_SECOND.get(model.family, 8)
-        lines += [").frames[0]", f'export_to_video(frames, "sample.mp4", fps={fps})']
+        lines += [f'export_to_video(frames, "sample.mp4", fps={fps})']
     else:
-        lines += [").frames[0][0]" if video else ").images[0]", 'image.save("sample.png")']
+        lines += ['image.save("sample.png")']
     return "\n".join(lines) + "\n"
+
+
+def _fuse_lines(model: ModelConfig) -> list[str]:
+    """Source that puts the adapters of the config into the network."""
+    lines = []
+    for source in model.adapters:
+        name = Path(source).name
+        lines += [f'pipe.load_lora_weights({quoted(name)}, adapter_name="fused")  # what the base had: your path to it']
+        lines += ['pipe.fuse_lora(adapter_names=["fused"])', "pipe.unload_lora_weights()"]
+    return lines
 
 
 def _frames(config: RunConfig) -> int:

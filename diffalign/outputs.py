@@ -123,7 +123,7 @@ class Outputs:
 
     def _metadata(self, step: int) -> dict[str, str]:
         metadata = {
-            "role": "positive",
+            "role": "negative" if self.config.negative.alone else "positive",
             "objective": plugins.name_of(type(self.config.objective)),
             "base": self.config.model.pretrained,
             "step": str(step),

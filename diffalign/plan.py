@@ -476,7 +476,7 @@ def _one_pass(
     """Optimiser steps for one pass over what is trained on: pairs, or the prompts that are sampled for."""
     if sampling is None:
         return None if trained is None else trained / effective
-    if config.objective.rows_from in ("generated", "on_policy") or config.data.world_pairs is not None:
+    if config.objective.from_data or config.data.world_pairs is not None:
         return steps_per_pass(sampling, trained)
     prompts = known.prompts if known else None  # several pairs of the data may have the same
     return steps_per_pass(sampling, prompts if prompts is None or trained is None else min(prompts, trained))

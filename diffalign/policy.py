@@ -34,6 +34,7 @@ class Policy:
         denoising: where and how errors are measured.
         reference: what the policy is compared with; None: the network with its adapters off.
         lagged: the behaviour policy, for objectives that compare with it.
+        negative_only: adapters act in the negative branch of guidance alone; the other one is the base, without gradient.
 
     Attributes:
         forwards: images that went through the network so far, of policy, reference and sampler, with or without gradient.
@@ -48,6 +49,8 @@ class Policy:
         denoising: DenoisingConfig | None = None,
         reference: Reference | None = None,
         lagged: Lagged | None = None,
+        *,
+        negative_only: bool = False,
     ) -> None:
         self.family = family
         self.network = network
@@ -56,6 +59,7 @@ class Policy:
         self.denoising = DenoisingConfig() if denoising is None else denoising
         self.reference = reference
         self.lagged = lagged
+        self.negative_only = negative_only
         self.forwards = 0
 
     def against_base(self) -> Policy:
@@ -387,6 +391,8 @@ def guided(
 ) -> Tensor:
     """The native prediction with classifier-free guidance, float32: both branches in one forward.
 
+    Where the policy's adapters are for the negative branch alone, each branch has a forward of its own.
+
     Args:
         policy: for its family and precision.
         network: bare or wrapped.
@@ -401,13 +407,18 @@ def guided(
     with policy.autocast():
         if scale == 1:
             return policy.output(network, x, times, conditioning).float()
-        if detach_negative:
+        empty = {name: negative[name].to(value) for name, value in conditioning.items()}
+        if policy.negative_only:
+            # First, since adapters must not be switched between the trained branch's forward and its backward.
+            with torch.no_grad(), without_dropout(policy.bare), adapters_off(policy.bare):
+                with_prompt = policy.output(policy.bare, x, times, conditioning).float()
+            without = policy.output(network, x, times, empty).float()
+        elif detach_negative:
             with torch.no_grad():
-                empty = {name: negative[name].to(value) for name, value in conditioning.items()}
                 without = policy.output(network, x, times, empty).float()
             with_prompt = policy.output(network, x, times, conditioning).float()
         else:
-            both = {name: torch.cat([value, negative[name].to(value)]) for name, value in conditioning.items()}
+            both = {name: torch.cat([value, empty[name]]) for name, value in conditioning.items()}
             pair = policy.output(network, torch.cat([x, x]), torch.cat([times, times]), both)
             with_prompt, without = pair.float().chunk(2)
     return without + scale * (with_prompt - without)

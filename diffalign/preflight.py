@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign import plugins
 from diffalign._preflight_images import check_errors, check_groups, check_round, check_schedule, check_unread
+from diffalign._preflight_negative import check_fused, check_negative
 from diffalign._preflight_rewards import READ_BY_REWARDS, UNREAD_BY_REWARDS, check_reward_run
 from diffalign.config import GenerationConfig, RolloutConfig, RunConfig
 from diffalign.errors import ConfigError, DataError, did_you_mean
@@ -145,17 +146,15 @@ def _check_image_rollout(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.reward_weights: got {len(rollout.reward_weights)} for {len(rollout.rewards)} rewards; give one each"
         )
-    from_data = objective.rows_from in ("generated", "on_policy")
+    from_data, own = objective.from_data, objective.rows_from == "truncated"
     if from_data and rollout.prompts:
         raise ConfigError(
             f"rollout.prompts: objective {objective.name!r} samples for the prompts of its data; remove it"
         )
-    if from_data and rollout.rewards:
-        raise ConfigError(
-            f"rollout.rewards: objective {objective.name!r} compares the data's images with sampled ones, and reads no "
-            "reward; remove it"
-        )
-    if not from_data and not rollout.rewards:
+    if (from_data or own) and rollout.rewards:
+        why = "learns from its own predictions" if own else "compares the data's images with sampled ones"
+        raise ConfigError(f"rollout.rewards: objective {objective.name!r} {why}, and reads no reward; remove it")
+    if not (from_data or own) and not rollout.rewards:
         raise ConfigError(
             f"rollout.rewards: empty; objective {objective.name!r} needs at least one reward to tell samples apart"
         )
@@ -167,7 +166,7 @@ def _check_image_rollout(config: RunConfig) -> None:
                     "gradient; take one that is (docs/how-to/rewards.md), or an objective such as 'diffusion_nft', which "
                     "needs no gradient"
                 )
-    elif not from_data and rollout.samples_per_prompt < 2:
+    elif not (from_data or own) and rollout.samples_per_prompt < 2:
         raise ConfigError(f"rollout.samples_per_prompt: got {rollout.samples_per_prompt}; a group has at least 2")
     if objective.trains_steps and rollout.eta == 0:
         raise ConfigError("rollout.eta: got 0; a deterministic sampler's transitions have no density; take 1")
@@ -230,6 +229,8 @@ _ROLLOUT_OF_TEXTS = (
 _ONLY: dict[str, tuple[str, ...]] = {
     "image": (
         "denoising",
+        "negative",
+        "model.adapters",
         "cache",
         "sampling",
         "model.vae",
@@ -334,6 +335,8 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
         raise DataError(f"data.world_pairs writes the 'pickapic' format; data.format is {data.format!r}")
     _check_labels(config)
     check_text_encoders(config, family)
+    check_negative(config, family)
+    check_fused(config)
     check_sampling(config)
     if config.evaluation.at_end:
         if not config.evaluation.prompts:

@@ -115,13 +115,16 @@ def text_targets(encoder: nn.Module, targets: str | Sequence[str], *, unread_las
     return tuple(path for path in paths if not (unread_last and last in f"{path}."))
 
 
-def attach(network: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[nn.Parameter]:
+def attach(
+    network: nn.Module, config: LoraConfig, *, seed: int = 0, name: str = adapters.DEFAULT
+) -> list[nn.Parameter]:
     """Freeze a network and add the adapters of a config to it: `adapters.attach`, and text encoders.
 
     Args:
         network: of a family, or a `TextConditioned`.
         config: both adapters.
         seed: of the initialisation; that of the network's adapter is the same with and without text encoders.
+        name: of a network's adapter; those of a `TextConditioned` have the default one.
 
     Returns:
         The trainable parameters, in the network's order; of a `TextConditioned` those of its network first.
@@ -130,7 +133,7 @@ def attach(network: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[nn.
         ConfigError: see `adapters.attach`.
     """
     if not isinstance(network, TextConditioned):
-        return adapters.attach(network, config, seed=seed)
+        return adapters.attach(network, config, name, seed=seed)
     adapters.check_lora(config)
     network.requires_grad_(False)
     if config.rank:

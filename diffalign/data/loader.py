@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -215,6 +216,7 @@ class PairMicroBatches(Dataset[PairBatch]):
         label: "given", or what the first reward says of the chosen image: "soft" its probability to be preferred, "sampled"
             a draw from it at every visit.
         temperature: divides the difference of rewards of "soft" and "sampled".
+        flipped: pairs whose images change places: "none", "all", or those without their prompt ("empty").
     """
 
     def __init__(
@@ -229,7 +231,9 @@ class PairMicroBatches(Dataset[PairBatch]):
         facts: Collection[str] = (),
         label: Literal["given", "soft", "sampled"] = "given",
         temperature: float = 1.0,
+        flipped: Literal["none", "all", "empty"] = "none",
     ) -> None:
+        self.flipped = flipped
         self.data, self.plan, self.denoising, self.seed = data, plan, denoising, seed
         self.independent, self.facts, self.label, self.temperature = independent, frozenset(facts), label, temperature
         self.image_conditioning = family.image_conditioning
@@ -249,9 +253,12 @@ class PairMicroBatches(Dataset[PairBatch]):
             self.image_conditioning(size, crop, pair.target_size)
             for size, crop in zip(pair.original_sizes, pair.crops, strict=True)
         ]
+        dropped = dropped and not keep_prompt
+        if self.flipped == "all" or (self.flipped == "empty" and dropped):
+            pair = flip(pair)
         chosen, rejected = (0, 1) if pair.p >= 0.5 else (1, 0)
         own = self._facts(pair, chosen, rejected)
-        prompts = ["", ""] if dropped and not keep_prompt else pair.extra.get(PROMPTS, [pair.prompt] * 2)
+        prompts = ["", ""] if dropped else pair.extra.get(PROMPTS, [pair.prompt] * 2)
         if PROMPTS in pair.extra:
             own["rejected_text"] = self.data.text(prompts[rejected])
         if self.independent:
@@ -297,6 +304,14 @@ class PairMicroBatches(Dataset[PairBatch]):
         # A generator of its own: timestep and noise are those of the given labels.
         drawn = torch.rand((), generator=generator_for(self.seed, f"{pair.id} label", visit))
         return float(drawn < probability)
+
+
+def flip(pair: EncodedPair) -> EncodedPair:
+    """The same pair for the opposite taste: its label turned round, and its rewards with the other sign."""
+    extra = dict(pair.extra)
+    if REWARDS in extra:
+        extra[REWARDS] = [[-reward for reward in side] for side in extra[REWARDS]]
+    return replace(pair, p=1 - pair.p, extra=extra)
 
 
 def micro_batches(dataset: Dataset[Any], numbers: Iterator[int] | range, workers: int) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -130,9 +131,19 @@ class PipelineFamily(DenoisingFamily):
             self.parts[name] = part
         if self.network_part in loaded:
             self.check_network(loaded[self.network_part].config)
+            self._fuse(loaded[self.network_part])
         if "scheduler" in loaded and (changes := self.scheduler_changes(loaded["scheduler"])):
             scheduler = loaded["scheduler"]
             self.parts["scheduler"] = type(scheduler).from_config(scheduler.config, **changes)
+
+    def _fuse(self, network: Any) -> None:
+        """Put the adapters of the config into the network's weights."""
+        from diffalign.export import load_lora  # which knows families
+
+        for path in self.config.adapters:
+            load_lora(network, Path(path).expanduser(), family=self.config.family, name="fused")
+            network.fuse_lora(adapter_names=["fused"])
+            network.unload_lora()
 
     @abstractmethod
     def scheduler_changes(self, scheduler: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from diffalign.sampling.backprop import PromptBatch, RewardPaths
 from diffalign.sampling.batches import Conditions
 from diffalign.sampling.entries import StepBatch, TrajectoryBatch
 from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
-from diffalign.sampling.rules import has_lagged, kind_of, noise_of, samples_images
+from diffalign.sampling.rules import flipped_pairs, has_lagged, kind_of, noise_of, reward_sign, samples_images
 from diffalign.summary import objective_summary
 from diffalign.text_encoders import attach, trains_text
 from diffalign.watch import Watch
@@ -85,6 +85,7 @@ class ImageJob(Job):
             facts=prepared.facts,
             label=config.data.label,
             temperature=config.data.label_temperature,
+            flipped=flipped_pairs(config),
         )
         self.elements = dataset.example(self.kept[0], 0).noise.numel()
         self.data, self.dataset = data, dataset
@@ -107,7 +108,10 @@ class ImageJob(Job):
         prompts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
         frames = config.data.num_frames
         side, tokens = config.data.resolution, self.tokens
-        return Sampler(self.family, prompts, config.sampling, side, self.autocast, frames, tokens=tokens)
+        negative = (adapters.DEFAULT, config.negative.beta) if config.negative.alone else None
+        return Sampler(
+            self.family, prompts, config.sampling, side, self.autocast, frames, tokens=tokens, negative=negative
+        )
 
     def identity(self) -> dict[str, Any]:
         if self.data is None:
@@ -138,7 +142,16 @@ class ImageJob(Job):
         lagged = None
         if has_lagged(self.config):
             lagged = Lagged(adapters.parameters(bare), self.config.rollout.old_decay)
-        self.policy = Policy(self.family, network, bare, self.autocast, self.config.denoising, reference, lagged)
+        self.policy = Policy(
+            self.family,
+            network,
+            bare,
+            self.autocast,
+            self.config.denoising,
+            reference,
+            lagged,
+            negative_only=self.config.negative.train == "guided",
+        )
         self.forwards_before = 0  # images through the network before the run was resumed
         evaluation = self.config.evaluation
         self.watching = None
@@ -201,6 +214,8 @@ class ImageJob(Job):
             out.metrics.setdefault("reward", reward)
         if isinstance(batch, PromptBatch):
             out.metrics.update(scores.extra)
+        if self.online and "reward" in out.metrics:  # as it is, whichever way it is followed
+            out.metrics["reward"] = reward_sign(self.config) * out.metrics["reward"]
         return out
 
     def record(self, metrics: StepMetrics, batch: AnyBatch | PromptBatch, out: LossOut) -> None:

@@ -21,7 +21,15 @@ from diffalign.losses.layouts import Groups, Items, Layout, Lists, Pairs
 from diffalign.losses.scores import CAPABILITIES, Cap, Kind, Scores
 
 Source: TypeAlias = Literal[
-    "data", "generated", "on_policy", "trajectories", "candidates", "steps", "whole_trajectories", "differentiable"
+    "data",
+    "generated",
+    "on_policy",
+    "truncated",
+    "trajectories",
+    "candidates",
+    "steps",
+    "whole_trajectories",
+    "differentiable",
 ]
 AnyLayout: TypeAlias = Layout | Pairs | Items | Groups | Lists
 # (log-softmax of the policy (..., V), labels (...), log-softmax of the reference or None) -> statistic (...)
@@ -217,10 +225,11 @@ class Objective(ABC):
             "renoise_inversion" run a sampler backwards, and the target is the noise that the result implies.
         source: where the rows come from. "data": stored images. "generated": the rejected image is sampled by the reference.
             "on_policy": the rejected row is a latent on a lagged policy's own trajectory, its target that policy's
-            prediction. "trajectories": stored transitions of sampled images, one row each. "candidates": the same of next
-            latents drawn from one latent. "steps": transitions of all samples of a prompt, with the log-densities under the
-            policy that sampled them. "whole_trajectories": all samples of a prompt, one row each with all its steps as
-            units. "differentiable": images that are sampled with gradient, see `diffusion.walks`.
+            prediction. "truncated": noised latents on the way of a sampler's walk, with its prediction further down the walk
+            as their clean image. "trajectories": stored transitions of sampled images, one row each. "candidates": the same
+            of next latents drawn from one latent. "steps": transitions of all samples of a prompt, with the log-densities
+            under the policy that sampled them. "whole_trajectories": all samples of a prompt, one row each with all its
+            steps as units. "differentiable": images that are sampled with gradient, see `diffusion.walks`.
         sampling: what it asks of images that are sampled for it.
     """
 
@@ -280,6 +289,11 @@ class Objective(ABC):
             missing = self.required_caps(Kind.BOUND) - CAPABILITIES[Kind.BOUND]
             return "steps" if missing and not self.required_caps(Kind.STEP) - CAPABILITIES[Kind.STEP] else "data"
         return self.source
+
+    @property
+    def from_data(self) -> bool:
+        """Whether sampled rows belong to images of the data, which they are compared with or begin at."""
+        return self.rows_from in ("generated", "on_policy")
 
     @property
     def trains_steps(self) -> bool:

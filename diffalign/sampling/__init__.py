@@ -13,6 +13,7 @@ from torch import Tensor
 from diffalign.adapters import adapter_names, adapters_off
 from diffalign.config import SamplingConfig
 from diffalign.families import DECODER, ENCODERS, Around, Conditioning, DenoisingFamily
+from diffalign.sampling.guidance import NegativeGuidance
 from diffalign.schedules import generator_for
 
 
@@ -27,6 +28,8 @@ class Sampler:
         autocast: the mixed-precision context of training.
         frames: of a clip, where `sampling` names none; 1 for still images.
         tokens: keep prompts as token ids, which are encoded whenever images are sampled, by text encoders with adapters.
+        negative: name of an adapter that acts in the negative branch of guidance alone, and its weight there; None: adapters
+            act everywhere.
     """
 
     def __init__(
@@ -39,7 +42,9 @@ class Sampler:
         frames: int = 1,
         *,
         tokens: bool = False,
+        negative: tuple[str, float] | None = None,
     ) -> None:
+        self.in_negative = negative
         self.family, self.prompts, self.sampling, self.autocast = family, list(prompts), sampling, autocast
         self.side = (sampling.resolution or resolution) // family.resolution_step * family.resolution_step
         family.load(ENCODERS)
@@ -79,13 +84,16 @@ class Sampler:
             seed: of the noise.
             repeats: images per prompt.
             adapters: False samples the base.
-            around: makes the context of a call of the stock pipeline, such as `NegativeGuidance`.
+            around: beside `adapters`, makes the context of a call of the stock pipeline, such as `NegativeGuidance`.
             progress: called with the number of images finished in each batch.
 
         Returns:
             uint8 RGB on the CPU, as a PNG would hold it (`to_float` gives [0, 1]), shape
             (len(indices) * repeats, 3, H, W), of clips (..., 3, F, H, W), a prompt's repeats together.
         """
+        if self.in_negative is not None and adapters:
+            name, beta = self.in_negative
+            adapters, around = False, lambda pipeline: NegativeGuidance(pipeline, name, beta=beta)
         self.family.load(DECODER)
         jobs = [(i, j) for i in indices for j in range(repeats)]
         done = []

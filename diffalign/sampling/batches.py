@@ -24,6 +24,7 @@ from diffalign.sampling.entries import (
     TrajectoryBatch,
     TrajectoryRows,
     Transition,
+    Truncated,
 )
 from diffalign.sampling.rules import noise_of
 from diffalign.sampling.trajectories import Grid
@@ -102,6 +103,8 @@ class Batches:
             return self._group_steps([e for e in entries if isinstance(e, StepRows)])
         if isinstance(first, TrajectoryRows):
             return self._trajectories([e for e in entries if isinstance(e, TrajectoryRows)])
+        if isinstance(first, Truncated):
+            return self._walks([e for e in entries if isinstance(e, Truncated)], number, iteration)
         if isinstance(first, SampledRows):
             return self._row_batch([e for e in entries if isinstance(e, SampledRows)], number, iteration)
         examples = []
@@ -172,6 +175,35 @@ class Batches:
             rejected_x_t=entry.x_t,
             rejected_target=entry.target,
         )
+
+    def _walks(self, entries: list[Truncated], number: int, iteration: int) -> RowBatch:
+        """Points of walks, noised further: to a timestep that is drawn from those with more noise."""
+        schedule, times, noises, texts = self.family.schedule, [], [], []
+        for entry in entries:
+            here = int(self.grid.timesteps[entry.step])
+            again = f" again {iteration}" if iteration else ""
+            generator = generator_for(self.config.seed, f"{entry.id}{again} noise", number)
+            t = int(torch.randint(here + 1, schedule.num_timesteps, (), generator=generator))
+            fresh = torch.randn(entry.x_t.shape, generator=generator)
+            (alpha, sigma), (a, s) = schedule.alpha_sigma(torch.tensor([t])), self._level(entry.step)
+            x = alpha / a * entry.x_t + (sigma.square() - (s * alpha / a).square()).clamp(min=0).sqrt() * fresh
+            times.append(t)
+            noises.append((x - alpha * entry.goal) / sigma)  # with the goal as the clean image, x is what is noised
+            own = self.objective.from_data
+            texts.append(self.winner(entry.prompt, entry.visit).text if own else self.conditions.text(entry.prompt))
+        index, ones = torch.arange(len(entries)), torch.ones(len(entries))
+        content = Rows(
+            x0=torch.stack([entry.goal for entry in entries]),
+            noise=torch.stack(noises),
+            t=torch.tensor(times),
+            conditioning=self.conditions.of_texts(texts),
+        )
+        layout = Layout(items=Items(index=index, label=ones))
+        return RowBatch(ids=tuple(entry.id for entry in entries), content=content, layout=layout)
+
+    def _level(self, step: int) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of a step of the sampler."""
+        return self.grid.alphas[step], self.grid.sigmas[step]
 
     def _row_batch(self, entries: list[SampledRows], number: int, iteration: int) -> RowBatch:
         """Rows of several prompts; their groups are numbered."""

@@ -114,6 +114,27 @@ class SampledLoser:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Truncated:
+    """Where a walk of the sampler stopped.
+
+    Attributes:
+        id: of the walk.
+        prompt: its number; of walks that begin at images of the data, the place of the pair.
+        visit: counts the pair's earlier appearances.
+        step: of the sampler's grid, at which it stopped.
+        x_t: noisy latents there, (...).
+        goal: clean latents that are predicted there, (...).
+    """
+
+    id: str
+    prompt: int
+    visit: int
+    step: int
+    x_t: Tensor
+    goal: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transition:
     """One step of two trajectories, the better one first.
 
@@ -183,9 +204,9 @@ class TrajectoryRows:
     rewards: Tensor
 
 
-Entry: TypeAlias = SampledPair | SampledRows | SampledLoser | Transition | StepRows | TrajectoryRows
+Entry: TypeAlias = SampledPair | SampledRows | SampledLoser | Truncated | Transition | StepRows | TrajectoryRows
 CLASSES: dict[str, Any] = {
-    c.__name__: c for c in (SampledPair, SampledRows, SampledLoser, Transition, StepRows, TrajectoryRows)
+    c.__name__: c for c in (SampledPair, SampledRows, SampledLoser, Truncated, Transition, StepRows, TrajectoryRows)
 }
 
 

@@ -14,6 +14,7 @@ What a round holds follows from the objective's `source` and layout:
 | data (pairs, groups, items) | sampled images of the prompts: best against worst, all of a group, or the chosen one |
 | generated | chosen images of the data against images that the reference samples of the same prompts |
 | on_policy | chosen images of the data against points of the policy's own trajectories, with its predictions as targets |
+| truncated | points of a walk that stops on its way, with the clean latents that are predicted there |
 | trajectories | stored transitions of the best and the worst of K trajectories |
 | candidates | at every step the best and the worst of K next latents from the same latent |
 | steps | transitions of all K trajectories, with their log-densities when they were sampled |
@@ -63,11 +64,13 @@ from diffalign.sampling.entries import (
     TrajectoryBatch,
     TrajectoryRows,
     Transition,
+    Truncated,
 )
 from diffalign.sampling.rules import (
     DECODED,
     candidate_steps,
     noise_level,
+    reward_sign,
     round_size,
     sampling_policy,
     window_starts,
@@ -116,6 +119,7 @@ class ImageRollouts:
             check_group(config, name, model.grouped)
         self.offload = Offload(self.models, self.rollout.offload_rewards)
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
+        self.sign = reward_sign(config)
         self.pairing = config.rollout.pairing or self.objective.sampling.pairing
         self.eta = noise_level(config)
         self.grid = make_grid(
@@ -139,7 +143,7 @@ class ImageRollouts:
     @property
     def from_data(self) -> bool:
         """Whether winners come from the data."""
-        return self.objective.rows_from in ("generated", "on_policy")
+        return self.objective.from_data
 
     @property
     def steps_per_round(self) -> int:
@@ -234,6 +238,8 @@ class ImageRollouts:
         """
         numbers = [index for index, _ in prompts]
         source, needs = self.objective.rows_from, self.objective.needs
+        if source == "truncated":
+            return self._truncated(prompts, names, number)
         if self.from_data:
             return self._losers(prompts, names, number)
         if source == "candidates":
@@ -311,7 +317,7 @@ class ImageRollouts:
         rows = [(i, k) for i in range(len(chosen)) for k in range(count)]
         parts: list[Trajectory] = []
         given: list[Future[Tensor]] = []
-        with self._sampler(), Scoring(self.models) as scoring:
+        with self._sampler(), Scoring(self.models, self.sign) as scoring:
             for start in range(0, len(rows), self.config.sampling.batch_size):
                 part = rows[start : start + self.config.sampling.batch_size]
                 noise = torch.stack([self._noise(f"{names[i]}/{0 if shared else k}", number) for i, k in part])
@@ -351,7 +357,7 @@ class ImageRollouts:
 
     def _reward(self, latents: Tensor, prompts: list[str]) -> Tensor:
         """Rewards (N, R) of clean latents."""
-        with Scoring(self.models) as scoring:
+        with Scoring(self.models, self.sign) as scoring:
             return scoring.submit(self._decoded(latents), prompts).result()
 
     def _decoded(self, latents: Tensor) -> Tensor:
@@ -421,6 +427,53 @@ class ImageRollouts:
                 entries.append(loser)
             found.append(entries)
         return found
+
+    def _truncated(self, prompts: Sequence[tuple[int, int]], names: Sequence[str], number: int) -> list[list[Entry]]:
+        """Walks that stop on their way, and the clean latents that are predicted where they stop."""
+        last, draws = len(self.grid) - 1, [generator_for(self.config.seed, f"{n} walk", number) for n in names]
+        if self.from_data:
+            examples = [self.batches.winner(place, visit) for place, visit in prompts]
+            texts = [example.text for example in examples]
+            first = torch.tensor([int(torch.randint(last, (), generator=g)) for g in draws])
+            stop = (first + self.objective.steps).clamp(max=last)  # type: ignore[attr-defined]
+            clean = torch.stack([example.chosen for example in examples])
+        else:
+            texts = [self.conditions.text(index) for index, _ in prompts]
+            first = torch.zeros(len(prompts), dtype=torch.int64)
+            stop = torch.tensor([1 + int(torch.randint(last, (), generator=g)) for g in draws])
+            clean = None
+        x = torch.stack([self._noise(f"{name}/0", number) for name in names])
+        if clean is not None:
+            alpha, sigma = self.grid.alphas[first], self.grid.sigmas[first]
+            x = append_dims(alpha, x) * clean + append_dims(sigma, x) * x
+        goal, size = torch.zeros_like(x), self.config.sampling.batch_size
+        with self._sampler():
+            for step in range(int(first.min()), last + 1):
+                moving = ((first <= step) & (step <= stop)).nonzero()[:, 0]
+                for rows in moving.split(size):
+                    here = x[rows].to(self.accelerator.device)
+                    predict = self.predict(self.conditions.of_texts([texts[i] for i in rows.tolist()]))
+                    output = predict(here, self.grid.times[step].to(here.device).expand(len(here))).float()
+                    ends = stop[rows] == step
+                    levels = (self.grid.alphas[step], self.grid.sigmas[step])
+                    alpha, sigma = (level.to(here.device).expand(len(here)) for level in levels)
+                    found = convert(output, here, alpha, sigma, self.grid.prediction_type, "sample").cpu()
+                    goal[rows[ends]] = found[ends]
+                    moved = next_mean(self.grid, torch.full((len(here),), step), here, output, torch.zeros_like(alpha))
+                    x[rows[~ends]] = moved.cpu()[~ends]
+        return [
+            [
+                Truncated(
+                    id=name,
+                    prompt=index,
+                    visit=visit,
+                    step=int(stop[i]),
+                    x_t=x[i].clone(),
+                    goal=goal[i].clone(),
+                )
+            ]
+            for i, ((index, visit), name) in enumerate(zip(prompts, names, strict=True))
+        ]
 
     def _transitions(self, one: Sampled, number: int) -> list[Entry]:
         """Transitions of the best and the worst trajectory of a prompt."""

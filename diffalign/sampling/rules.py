@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
@@ -22,6 +23,16 @@ def samples_images(config: RunConfig) -> bool:
 def noise_of(config: RunConfig) -> str:
     """Whether the images of a pair or group share their timestep and noise."""
     return config.denoising.noise or str(config.objective.noise)
+
+
+def reward_sign(config: RunConfig) -> float:
+    """-1 where an adapter learns what rewards do not like."""
+    return -1.0 if config.negative.train == "flip" else 1.0
+
+
+def flipped_pairs(config: RunConfig) -> Literal["none", "all", "empty"]:
+    """The data's pairs whose images change places."""
+    return {"flip": "all", "empty_prompts": "empty"}.get(config.negative.train or "", "none")  # type: ignore[return-value]
 
 
 def sampling_policy(config: RunConfig) -> str:

@@ -16,10 +16,11 @@ class Scoring:
 
     Args:
         models: the rewards.
+        sign: -1 for what they do not like.
     """
 
-    def __init__(self, models: Sequence[rewards.Reward]) -> None:
-        self.models = models
+    def __init__(self, models: Sequence[rewards.Reward], sign: float = 1.0) -> None:
+        self.models, self.sign = models, sign
         self.thread = ThreadPoolExecutor(1) if any(model.waits for model in models) else None
 
     def __enter__(self) -> Scoring:
@@ -41,4 +42,4 @@ class Scoring:
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         if not self.models:
             return torch.zeros(len(images), 0)
-        return torch.stack([rewards.score(model, images, prompts).cpu() for model in self.models], 1)
+        return self.sign * torch.stack([rewards.score(model, images, prompts).cpu() for model in self.models], 1)

@@ -21,6 +21,7 @@ from diffalign.losses.diffusion import (
     PRDP,
     PSO,
     SDPO,
+    SNPO,
     SPO,
     BideDPO,
     CaPO,
@@ -36,6 +37,7 @@ from diffalign.losses.diffusion import (
     GRPOGuard,
     PatchDPO,
     PSOPersonal,
+    SelfNPO,
     SePPO,
     SmPO,
     SubjectRPO,
@@ -82,6 +84,8 @@ def tensor(*values):
         (lambda: PSOPersonal(eta=-0.1), "eta is -0.1"),
         (lambda: CaPO(beta=1.0, weighting="snr"), "weighting is 'snr'"),
         (lambda: DMPO(label_smoothing=0.5), "label_smoothing is 0.5"),
+        (lambda: SNPO(share=0.0), "share is 0.0"),
+        (lambda: SNPO(share=1.5), "share is 1.5"),
         (lambda: SDPO(mu=1.5), "mu is 1.5"),
         (lambda: SDPO(base="kto"), "base is 'kto'"),
         (lambda: SDPO(base="sdpo"), "base is 'sdpo'"),
@@ -174,6 +178,7 @@ def test_published_defaults():
         "dspo": 0.001,
         "pso_personal": 5.0,
         "dmpo": 2000.0,
+        "snpo": 2000.0,
         "subject_rpo": 1.0,
         "gdpo": 5000.0,
         "flow_dpo": 100.0,
@@ -223,6 +228,7 @@ def test_where_rows_come_from_and_how_they_are_noised():
         "ddim_inpo": ("shared", "ddim_inversion", "data"),
         "smpo": ("shared", "renoise_inversion", "data"),
         "seppo": ("shared", "forward", "generated"),
+        "self_npo": ("shared", "forward", "truncated"),
         "diffusion_kto": ("independent", "forward", "data"),
         "d3po": ("shared", "forward", "trajectories"),
         "spo": ("shared", "forward", "candidates"),
@@ -251,7 +257,7 @@ def test_what_they_ask_of_sampled_images():
 
 
 def test_methods_without_public_code_are_experimental():
-    without = {"seppo", "capo", "bide_dpo", "dual_ipo", "prdp"}
+    without = {"seppo", "capo", "bide_dpo", "dual_ipo", "prdp", "snpo"}
     ported = {"crd", "drtune"}  # whose code is public in somebody else's port
     assert {cls.name for cls in MINE if cls.status == "experimental"} == without | ported
     assert {cls.name for cls in MINE if not cls.parity} == without | {"draft", "draft_lv"}  # whose formula says it all
@@ -276,21 +282,22 @@ def test_initial_losses_are_those_of_policy_equal_to_reference(cls):
         scores = Scores.steps(theta, theta.clone(), theta.clone(), extra=extra)
     pairs = Pairs.halves(1, reward_w=tensor(0.2), reward_l=tensor(0.1), aspect=torch.zeros(1, dtype=torch.int64))
     groups = Groups(index=torch.arange(2), group=torch.zeros(2, dtype=torch.int64), reward=tensor(1.0, 0.0))
-    layout = Layout(pairs=pairs, groups=groups)
+    items = Items(index=torch.arange(1), label=torch.ones(1))
+    layout = Layout(pairs=pairs, groups=groups, items=items if "items" in objective.needs.layout else None)
     estimator = objective.estimator()
     out = objective(scores, layout, None if estimator is None else estimator.update(scores, layout))
     expected = objective.initial_loss(kind)
     if expected is None:
         # Denoising of winners is part of the loss, or a target that the data choose.
         online = (DiffusionNFT, AWM, DGPO, CRD, *ON_GROUPS)  # an advantage or a reward
-        assert cls in (DSPO, PSOPersonal, CaPO, SubjectRPO, PatchDPO, DualIPO, *online)
+        assert cls in (DSPO, PSOPersonal, SelfNPO, CaPO, SubjectRPO, PatchDPO, DualIPO, *online)
     else:
         torch.testing.assert_close(out.per_item.detach(), torch.full_like(out.per_item, expected), rtol=1e-6, atol=1e-9)
 
 
 def test_texts_are_sent_to_their_own_methods():
     for cls in MINE:
-        if cls not in (BideDPO, GDPO):
+        if cls not in (BideDPO, GDPO, SNPO):
             with pytest.raises(IncompatibleObjective):
                 (cls(beta=1.0) if "beta" in cls.__dataclass_fields__ else cls()).check(Kind.TOKEN)
     with pytest.raises(IncompatibleObjective, match=r"mean over the elements of a latent; a text has none; use 'dpo'"):

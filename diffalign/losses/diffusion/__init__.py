@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from diffalign.losses.diffusion.pso import PSO, PSOPersonal
     from diffalign.losses.diffusion.refl import ReFL
     from diffalign.losses.diffusion.sdpo import SDPO
+    from diffalign.losses.diffusion.self_npo import SelfNPO
     from diffalign.losses.diffusion.seppo import SePPO
     from diffalign.losses.diffusion.smpo import SmPO
+    from diffalign.losses.diffusion.snpo import SNPO
     from diffalign.losses.diffusion.spo import SPO
     from diffalign.losses.diffusion.srpo import SRPO
     from diffalign.losses.diffusion.subject_rpo import SubjectRPO
@@ -57,6 +59,8 @@ MODULES: dict[str, str] = {
     "DSPO": "dspo",
     "D3PO": "d3po",
     "SPO": "spo",
+    "SNPO": "snpo",
+    "SelfNPO": "self_npo",
     "PSO": "pso",
     "PSOPersonal": "pso",
     "CaPO": "capo",

@@ -28,6 +28,7 @@ from diffalign.losses.diffusion.inpo import DDIMInPO
 from diffalign.losses.diffusion.pso import PSOPersonal
 from diffalign.losses.diffusion.seppo import SePPO
 from diffalign.losses.diffusion.smpo import SmPO
+from diffalign.losses.diffusion.snpo import SNPO
 from diffalign.losses.diffusion.subject_rpo import SubjectRPO
 
 LOG2 = math.log(2)
@@ -304,6 +305,36 @@ def dmpo_is_exo(cls):
     scores, layout, _ = batch(4)
     mine = cls(beta=7.0, label_smoothing=0.05)(scores, layout).per_item
     close(mine, EXO(beta=7.0, label_smoothing=0.05)(scores, layout).per_item)
+
+
+# -- snpo ------------------------------------------------------------------------------------------------------------
+
+
+def snpo_formula(share):
+    def formula(batch, frozen):
+        w, l, rw, rl, pairs = errors(batch)
+        d = lambda e: 7.0 / 2 * e  # noqa: E731
+        mix = lambda e, r: -torch.log(share * torch.exp(-d(e)) + (1 - share) * torch.exp(-d(r))) - d(r)  # noqa: E731
+        forth = -((d(w) - d(rw)) - mix(l, rl)) - pairs.margin
+        back = -((d(l) - d(rl)) - mix(w, rw)) + pairs.margin
+        return pairs.weight * (pairs.p * softplus(-forth) + (1 - pairs.p) * softplus(-back))
+
+    return formula
+
+
+def snpo_earns_a_bounded_reward_from_the_rejected(cls):
+    error = torch.tensor([0.3, 1e4], dtype=torch.float64, requires_grad=True)
+    reference = torch.full((2,), 0.3, dtype=torch.float64)
+    out = cls(beta=7.0, share=0.9)(Scores.denoising(error, reference), Pairs.halves(1))
+    (grad,) = torch.autograd.grad(out.loss, error)
+    close(out.per_item, softplus(torch.tensor([math.log(0.1)], dtype=torch.float64)))  # z = -log(1 - share) = 2.3026
+    assert grad[0] > 0
+    assert grad[1] == 0, "nothing is left to be gained there"
+
+
+def snpo_at_share_1_is_dpo(cls):
+    scores, layout, _ = batch(2)
+    close(cls(beta=7.0, share=1.0)(scores, layout).per_item, DPO(beta=7.0)(scores, layout).per_item)
 
 
 # -- capo ------------------------------------------------------------------------------------------------------------
@@ -773,6 +804,26 @@ CASES = [
         identities=[equal_images_teach_nothing(lambda cls: cls(label_smoothing=0.0), 6.214609)],
         mutations=[("FLOOR = 1e-6", "FLOOR = 1e-5")],
         kinds=BOUND,
+    ),
+    Case(
+        objective=SNPO,
+        make=lambda cls: cls(beta=7.0, share=0.8),
+        batch=batch,
+        formula=snpo_formula(0.8),
+        start=Start(LOG2, [-7 / 2, 0.8 * 7 / 2], image_start()),
+        identities=[
+            snpo_earns_a_bounded_reward_from_the_rejected,
+            snpo_at_share_1_is_dpo,
+            better_denoising_of_winners_costs_less(lambda cls: cls(beta=7.0)),
+            constants_in_errors_cancel(lambda cls: cls(beta=7.0)),
+        ],
+        mutations=[
+            ("reward[win] - bounded(reward[lose])", "reward[win] + bounded(reward[lose])"),
+            ("r + math.log(self.share)", "r"),
+            ("math.log(1 - self.share)", "-math.log(1 - self.share)"),
+            ("- bounded(reward[lose]) - margin", "- bounded(reward[lose])"),
+        ],
+        kinds=ALL,
     ),
     Case(
         objective=CaPO,

@@ -12,6 +12,7 @@ from diffalign.losses.diffusion.dmpo import DMPO
 from diffalign.losses.diffusion.dspo import DSPO
 from diffalign.losses.diffusion.patch_dpo import PatchDPO
 from diffalign.losses.diffusion.sdpo import SDPO
+from diffalign.losses.diffusion.self_npo import SelfNPO
 
 LOG2 = math.log(2)
 BOUND = (Kind.BOUND,)
@@ -340,6 +341,47 @@ def patch_start():
     return Scores.residuals(r, patch_weight=weight), Layout(items=Items(index=torch.tensor([0]))), {}
 
 
+# -- self_npo --------------------------------------------------------------------------------------------------------
+
+
+def distances(seed):
+    made = residual_scores(6, seed)
+    g = torch.Generator().manual_seed(seed + 500)
+    size = 0.5 + torch.rand(6, generator=g, dtype=torch.float64)
+    weight = 0.5 + torch.rand(4, generator=g, dtype=torch.float64)
+    items = Items(index=torch.tensor([4, 0, 3, 1]), label=torch.ones(4, dtype=torch.float64), weight=weight)
+    return Scores.residuals(made.residual, None, to_sample=size), Layout(items=items), {}
+
+
+def self_npo_formula(h):
+    def formula(batch, frozen):
+        scores, layout, _ = batch
+        items = layout.items
+        x = scores.to_sample[items.index].view(-1, 1, 1, 1) * scores.residual[items.index]  # x0^ - x0*
+        each = x**2 if h is None else torch.sqrt(x**2 + h**2) - h
+        return items.weight * each.mean((1, 2, 3))
+
+    return formula
+
+
+def one_item(value):
+    residual = torch.full((1, 2, 1, 2), value, dtype=torch.float64, requires_grad=True)
+    items = Items(index=torch.tensor([0]), label=torch.ones(1, dtype=torch.float64))
+    return Scores.residuals(residual, None, to_sample=torch.full((1,), 2.0, dtype=torch.float64)), Layout(items=items)
+
+
+def self_npo_is_nothing_at_its_goal(cls):
+    scores, layout = one_item(0.0)
+    out = cls()(scores, layout)
+    assert out.loss == 0
+    assert not torch.autograd.grad(out.loss, scores.residual)[0].any()
+
+
+def self_npo_far_away_is_the_absolute_difference(cls):
+    scores, layout = one_item(-3.0)
+    close(cls(huber=1e-6)(scores, layout).loss, torch.tensor(6.0, dtype=torch.float64), atol=1e-5)
+
+
 CASES = [
     Case(
         objective=DSPO,
@@ -474,6 +516,33 @@ CASES = [
         start=Start(0.15, [-2.0], patch_start),
         identities=[normalising_takes_the_scale_of_the_map_out],
         mutations=[("loss / share", "loss * share")],
+        kinds=BOUND,
+    ),
+    Case(
+        objective=SelfNPO,
+        make=lambda cls: cls(huber=0.3),
+        batch=distances,
+        formula=self_npo_formula(0.3),
+        start="there is no reference, and the first loss is how far the copy is from its teacher's prediction",
+        identities=[self_npo_is_nothing_at_its_goal, self_npo_far_away_is_the_absolute_difference],
+        mutations=[
+            ("* scores.to_sample[items.index, None]", "/ scores.to_sample[items.index, None]"),
+            ("* scores.to_sample[items.index, None]", ""),
+            (".sqrt() - self.huber", ".sqrt()"),
+            ("each.mean(1)", "each.sum(1)"),
+            ("items.weight * each", "each"),
+        ],
+        kinds=BOUND,
+    ),
+    Case(
+        name="self_npo with squares",
+        objective=SelfNPO,
+        make=lambda cls: cls(distance="l2"),
+        batch=distances,
+        formula=self_npo_formula(None),
+        start="there is no reference, and the first loss is how far the copy is from its teacher's prediction",
+        identities=[self_npo_is_nothing_at_its_goal],
+        mutations=[('if self.distance == "huber"', "if True")],
         kinds=BOUND,
     ),
 ]

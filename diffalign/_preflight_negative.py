@@ -1,0 +1,118 @@
+"""What adapters for the negative branch of guidance, and adapters that are fused into the base, cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffalign.config import NegativeConfig, RunConfig
+from diffalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffalign.families import DenoisingFamily
+
+GUIDED = ("trajectories", "candidates", "steps", "whole_trajectories", "differentiable")
+
+
+def check_negative(config: RunConfig, family: type[DenoisingFamily]) -> None:
+    """Refuse a negative branch that does not exist, or that the objective cannot train.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    train, objective = config.negative.train, config.objective
+    if objective.rows_from == "truncated" and train != "plain":
+        raise ConfigError(
+            f"negative.train: got {train!r}; objective {objective.name!r} makes a slightly worse copy of a model, for the "
+            "negative branch of guidance: set it to 'plain'"
+        )
+    if train is None:
+        if config.negative != NegativeConfig():
+            raise ConfigError(
+                f"negative.beta: got {config.negative.beta}, which has no effect on an ordinary adapter; set "
+                "negative.train, or remove it"
+            )
+        return
+    if not family.unconditional:
+        raise ConfigError(
+            f"negative.train: got {train!r}; {family.title} is guidance-distilled and has no negative branch, so that an "
+            "adapter for it would do nothing. Take a model with classifier-free guidance (SDXL, SD3.5, Qwen-Image, Wan); "
+            "the distilled one can use it in a stock pipeline with true_cfg_scale above 1, at twice the cost a step"
+        )
+    if train == "empty_prompts":
+        _check_empty(config)
+        return
+    for key, value in (
+        ("lora.experts", config.lora.experts),
+        ("lora.text_encoder_rank", config.lora.text_encoder_rank),
+    ):
+        if value:
+            raise ConfigError(
+                f"{key}: got {value!r}; an adapter for the negative branch alone (negative.train) is on the network, where "
+                "branches can be told apart; remove it"
+            )
+    if config.lora.use_dora:
+        raise ConfigError(
+            "lora.use_dora: got true; magnitudes depend on the sum of all adapters, and the branches of guidance have "
+            "different ones (negative.train); remove it"
+        )
+    if config.evaluation.prompts and config.sampling.guidance_scale <= 1:
+        raise ConfigError(
+            f"sampling.guidance_scale: got {config.sampling.guidance_scale}; pictures of an adapter for the negative branch "
+            "need guidance: set it above 1"
+        )
+    if train == "guided":
+        if objective.rows_from not in GUIDED:
+            raise ConfigError(
+                f"negative.train: got 'guided'; objective {objective.name!r} measures denoising errors, which no guidance "
+                "enters; take 'flip', or an objective on a sampler's steps (spo, d3po, ddpo) or on the gradient of a reward "
+                "(draft)"
+            )
+        if config.rollout.guidance_scale == 1:
+            raise ConfigError(
+                "rollout.guidance_scale: got 1; without guidance there is no negative branch to train (negative.train: "
+                "guided)"
+            )
+        for key in ("rollout.negative_gradient", "objective.negative_gradient"):
+            section, _, name = key.partition(".")
+            if getattr(getattr(config, section), name, None) is False:
+                raise ConfigError(f"{key}: got false; the negative branch is all that negative.train 'guided' trains")
+
+
+def _check_empty(config: RunConfig) -> None:
+    """Refuse pairs that change places where their prompt is dropped, if no prompt is dropped or there are no pairs."""
+    from diffalign.sampling.rules import samples_images
+
+    if not config.denoising.proportion_empty_prompts:
+        raise ConfigError(
+            "denoising.proportion_empty_prompts: got 0, so that no pair changes places (negative.train: empty_prompts); "
+            "take the model's own share, such as 0.1"
+        )
+    if samples_images(config):
+        raise ConfigError(
+            f"negative.train: got 'empty_prompts'; objective {config.objective.name!r} trains on sampled images here, which "
+            "keep their prompt; take data with pairs, or 'flip'"
+        )
+
+
+def check_fused(config: RunConfig) -> None:
+    """Refuse adapters that cannot be fused into the base, by their files.
+
+    Raises:
+        ConfigError: gated experts, or text encoders.
+        CheckpointError: no LoRA file, or one of another family.
+    """
+    from diffalign import export, gates
+
+    for source in config.model.adapters:
+        file = export.find_file(Path(source).expanduser())
+        _, metadata = export.read_file(file)
+        if gates.HEADER in metadata:
+            raise ConfigError(
+                f"model.adapters: {file} holds gated experts, which depend on the time and cannot be fused"
+            )
+        if export.adapts_text(file):
+            raise ConfigError(
+                f"model.adapters: {file} has a part for text encoders; only the network's adapters are fused here"
+            )
+        export.check_family(file, metadata, config.model.family)
