@@ -211,8 +211,8 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
     if "kohya" in files and config.negative.alone:
         parts.append(
             f"In ComfyUI, copy `{files['kohya']}` to `models/loras`. A *Load LoRA* node would patch both branches: make a "
-            "hook with *Create Hook LoRA* (strength_model 1.0, strength_clip 0) and put it on the negative conditioning alone "
-            "with *Cond Set Props*, before that goes into the sampler."
+            "hook with *Create Hook LoRA* (strength_model 1.0, strength_clip 0) and put it on the negative conditioning "
+            "alone with *Cond Set Props*, before that goes into the sampler."
         )
     elif "kohya" in files:
         strength = "the model. The text encoders were not trained; their strength has no effect."
