@@ -448,9 +448,9 @@ class ImageRollouts:
             x = append_dims(alpha, x) * clean + append_dims(sigma, x) * x
         goal, size = torch.zeros_like(x), self.config.sampling.batch_size
         with self._sampler():
-            for step in range(int(first.min()), last + 1):
+            for step in range(int(first.min()), int(stop.max()) + 1):
                 moving = ((first <= step) & (step <= stop)).nonzero()[:, 0]
-                for rows in moving.split(size):
+                for rows in moving.split(size) if len(moving) else ():
                     here = x[rows].to(self.accelerator.device)
                     predict = self.predict(self.conditions.of_texts([texts[i] for i in rows.tolist()]))
                     output = predict(here, self.grid.times[step].to(here.device).expand(len(here))).float()

@@ -483,6 +483,18 @@ def test_walks_may_begin_at_images_of_the_data(self_npo: Any, seen: list[Any]) -
     assert made.run_dir.joinpath("pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.parametrize("start", ["noise", "data"])
+def test_walks_may_all_stop_early_or_leave_levels_between_them_out(self_npo: Any, seen: list[Any], start: str) -> None:
+    """One or two walks at a time, over many levels."""
+    more = {"rollout": {"num_inference_steps": 12}, "settings": {"steps": 1}}
+    train(self_npo("run", start, training={"train_batch_size": 2, "max_train_steps": 3}, **more))
+    assert len(seen) == 3
+    for job, batch, _ in seen:
+        times = job.rollouts.grid.timesteps
+        assert bool((batch.t > times[-1]).all())
+        assert batch.content.x0.isfinite().all()
+
+
 def test_self_npo_resumes_within_a_round(self_npo: Any, adapter_of: Any) -> None:
     more = {"rollout": {"steps_per_generation": 2, "num_iterations": 2}}
     steps = {"max_train_steps": 4, "checkpointing_steps": 1}
