@@ -189,6 +189,58 @@ def heat_strip(
     return "".join([*parts, "</svg>"])
 
 
+@dataclass(frozen=True)
+class Scatter:
+    """Labelled points of a scatter.
+
+    Attributes:
+        name: for the legend.
+        points: (x, y, label).
+        colour: index of the page's colours.
+        line: join them in order of x.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float, str]]
+    colour: int = 0
+    line: bool = False
+
+
+def scatter(series: Sequence[Scatter], *, x_label: str, y_label: str, label: str) -> str:
+    """Points with names, and lines through those of a kind.
+
+    Args:
+        series: at least one point in all.
+        x_label, y_label: names of the axes.
+        label: what a screen reader says.
+    """
+    every = [(x, y) for item in series for x, y, _ in item.points]
+    ends = []
+    for values in zip(*every, strict=True):
+        low, high = min(values), max(values)
+        pad = 0.1 * (high - low) or max(0.1 * abs(high), 1e-6)
+        ends.append((low - pad, high + pad))
+    frame = _Frame(*ends[0], *ends[1])
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 12}" role="img" aria-label="{escape(label)}">', *_axes(frame, False)]
+    for item in series:
+        points = sorted(item.points)
+        if item.line and len(points) > 1:
+            x, y = (np.array([point[axis] for point in points]) for axis in (0, 1))
+            parts.append(_polyline(frame, x, y, item.colour, "raw"))
+        for x_, y_, name in points:
+            place = f'cx="{frame.x(x_):.1f}" cy="{frame.y(y_):.1f}"'
+            parts.append(f'<circle {place} r="3.5" fill="var(--c{item.colour})"><title>{escape(name)}</title></circle>')
+            anchor = "end" if frame.x(x_) > WIDTH - 70 else "start"
+            shift = -6 if anchor == "end" else 6
+            where = f'x="{frame.x(x_) + shift:.1f}" y="{frame.y(y_) - 4:.1f}" text-anchor="{anchor}"'
+            parts.append(f'<text {where} style="font-size:7.5px">{escape(name)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT + 8}" text-anchor="end">{escape(x_label)} →</text>')
+    parts.append(
+        f'<text x="{LEFT + 3}" y="{TOP + 8}" class="reft" style="text-anchor:start">↑ {escape(y_label)}</text>'
+    )
+    return "".join([*parts, "</svg>"])
+
+
 # -- Geometry ---------------------------------------------------------------------------------------------------------
 
 

@@ -120,7 +120,7 @@ class Branches:
                 for number, weight in enumerate(weights):
                     if weight:
                         rows = slice(number * size, (number + 1) * size)
-                        out[rows] = out[rows] + scaled(layer, name, x[rows], weight)
+                        out[rows] += scaled(layer, name, x[rows], weight)
             return out.to(kind)  # type: ignore[no-any-return]
 
         return forward

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign import __version__
+from diffalign._cli_mixes import add_commands as add_mixes
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="compare with the base (default), or with --adapter without --negative-adapter",
     )
     evaluate.add_argument("--out", help="where to write the JSON; default: <output_dir>/evaluation.json")
+    add_mixes(add, read_config)
     export = add("export", run_export, "write an adapter: for diffusers and kohya / ComfyUI, or as a peft folder")
     export.add_argument(
         "--adapter", help="LoRA file, peft folder or checkpoint folder; default: the run's last checkpoint"

@@ -63,6 +63,8 @@ class WorldPairsConfig:
             the judge's taste, the rejected one a sample (subject and expert data).
         aspects: judge half of the rows by the verifier alone (aspect 0) and half by the taste alone (aspect 1) instead of by
             both.
+        rewards: further judges whose scores are written as the images' `rewards`: "verifier", or rules and users of
+            `diffalign/world/taste.py` alone. Empty: the judge's own score.
         maps: write the weights of PatchDPO, made of quality maps that compare patches of the sample with those of true
             drawings; needs chosen: drawn.
     """
@@ -79,6 +81,7 @@ class WorldPairsConfig:
     base: Literal["tiny-sdxl", "tiny-sd3"] | None = None
     chosen: Literal["sampled", "drawn"] = "sampled"
     aspects: bool = False
+    rewards: tuple[str, ...] = ()
     maps: bool = False
 
 

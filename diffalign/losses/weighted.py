@@ -64,10 +64,13 @@ class MODPO(PairObjective):
 
     Attributes:
         weights: w_1 (of the compared objective), w_2, ...
+        temperatures: of the other rewards, by which they are divided: the one at which sigma of a difference is the
+            probability that people prefer (fit it on held-out pairs). Empty: 1 each.
         mode: link, "logistic" or "hinge".
     """
 
     weights: tuple[float, ...] = (0.5, 0.5)
+    temperatures: tuple[float, ...] = ()
     mode: Literal["logistic", "hinge"] = "logistic"
 
     name: ClassVar[str] = "modpo"
@@ -79,6 +82,11 @@ class MODPO(PairObjective):
         super().__post_init__()
         if len(self.weights) < 2 or self.weights[0] <= 0:
             raise ValueError(f"weights are {self.weights}; expected at least two, the first positive")
+        if self.temperatures and (len(self.temperatures) != len(self.weights) - 1 or min(self.temperatures) <= 0):
+            raise ValueError(
+                f"temperatures are {self.temperatures}; expected {len(self.weights) - 1} positive numbers, one for each "
+                "weight but the first, or none"
+            )
 
     def summary(self) -> dict[str, float | str]:
         return super().summary() | {"weights": ", ".join(f"{w:g}" for w in self.weights)}
@@ -94,6 +102,7 @@ class MODPO(PairObjective):
             raise ValueError(f"got {reward_w.shape[1]} margin rewards; weights {self.weights} expect {len(rest)}")
         beta = self.beta_for(scores.kind)
         w, l = self.sides(scores, pairs)
+        rest = [w / t for w, t in zip(rest, self.temperatures or (1.0,) * len(rest), strict=True)]
         margin = (reward_w - reward_l) @ reward_w.new_tensor(rest)
         z = (beta * (w - l) - margin) / first - pairs.margin
         metrics = pair_metrics(beta * (w - l), beta * w, beta * l, scores, pairs)

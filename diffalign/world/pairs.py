@@ -21,6 +21,7 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -39,7 +40,7 @@ from diffalign.losses.diffusion.patch_dpo import patch_weights
 from diffalign.world import taste, verifier
 from diffalign.world.drawings import favourites, quality_maps
 from diffalign.world.names import BASE_FAMILIES
-from diffalign.world.scenes import CANVAS, sample_captions
+from diffalign.world.scenes import CANVAS, parse_caption, sample_captions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -120,6 +121,8 @@ def make_pairs(config: WorldPairsConfig, out_dir: Path, seed: int, family: Denoi
 def _check(config: WorldPairsConfig) -> None:
     if config.taste != ALL_USERS:
         taste.find(config.taste)
+    for name in config.rewards:
+        _judge_of(name)
     for name in ("taste_weight", "unlabelled"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"data.world_pairs.{name}: got {getattr(config, name)}; a share in [0, 1] expected")
@@ -132,6 +135,14 @@ def _check(config: WorldPairsConfig) -> None:
             f"data.world_pairs: prompts is {config.prompts}, fewer than the unlabelled and {config.corrupt} corrupt "
             "rows together; raise prompts"
         )
+
+
+def _judge_of(name: str) -> Callable[[verifier.Reading, str], float]:
+    """A judge by name: the verifier, or a taste alone."""
+    if name == "verifier":
+        return lambda reading, caption: float(verifier.judge(reading, parse_caption(caption))["score"])
+    found = taste.find(name)
+    return lambda reading, caption: found(reading)
 
 
 # ---------------------------------------------------------------- sampling
@@ -306,6 +317,9 @@ def _judge(
         taste.combined(reading, captions[i // 2], annotators[i // 2], judges.weights[i // 2])
         for i, reading in enumerate(readings)
     ]
+    more = [
+        [_judge_of(name)(reading, captions[i // 2]) for i, reading in enumerate(readings)] for name in config.rewards
+    ]
     if made.drawn is None:
         judged = [label_of(scores[2 * i], scores[2 * i + 1], config.margin) for i in range(config.prompts)]
     else:
@@ -347,6 +361,7 @@ def _judge(
             | {f"model_{j}": DRAWING if made.drawn and made.drawn[i] == j else config.base or BASE for j in (0, 1)}
             | {f"score_{j}": scores[2 * i + j] for j in (0, 1)}
             | ({} if judges.aspects is None else {"aspect": judges.aspects[i]})
+            | {f"rewards_{j}": [one[2 * i + j] for one in more] for j in (0, 1) if more}
             | ({} if made.maps is None else {f"map_{j}": made.maps[2 * i + j].tolist() for j in (0, 1)})
         )
     labels_seen = [row["label_0"] for row in rows if row["has_label"]]
@@ -360,18 +375,21 @@ def _judge(
         mean_score=sum(scores) / len(scores),
         reused=False,
     )
-    return pa.Table.from_pylist(rows, schema=schema(aspects=config.aspects, maps=config.maps)), info
+    return pa.Table.from_pylist(
+        rows, schema=schema(aspects=config.aspects, maps=config.maps, rewards=bool(config.rewards))
+    ), info
 
 
 # ---------------------------------------------------------------- the file
 
 
-def schema(*, aspects: bool = False, maps: bool = False) -> pa.Schema:
+def schema(*, aspects: bool = False, maps: bool = False, rewards: bool = False) -> pa.Schema:
     """The columns of Pick-a-Pic v2's parquet files, and then those that it does not have."""
     import pyarrow as pa
 
     more = [("score_0", pa.float64()), ("score_1", pa.float64())]
     more += [("aspect", pa.int64())] if aspects else []
+    more += [(f"rewards_{side}", pa.list_(pa.float64())) for side in (0, 1)] if rewards else []
     more += [(f"map_{side}", pa.list_(pa.list_(pa.float32()))) for side in (0, 1)] if maps else []
     return pa.schema(
         [

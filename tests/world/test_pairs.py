@@ -414,3 +414,22 @@ def test_the_runs_own_base_is_sampled_unless_another_is_named(
     process = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
     make_world_pairs(run, process)  # type: ignore[arg-type]
     assert asked[0].base in (sampled, "tiny-sdxl" if sampled is None else sampled)
+
+
+def test_further_judges_write_their_scores_for_the_loss_to_read(
+    tmp_path: Path, family, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pairs, "sample", drawn_pairs)
+    config = replace(CONFIG, prompts=8, corrupt=0, unlabelled=0, taste_weight=1.0, rewards=("verifier", "plain"))
+    info = pairs.make_pairs(config, tmp_path, 0, family)
+    for row in rows_of(info):
+        flat = 1 if row["label_0"] == 1.0 else 0  # the outlined one is preferred
+        true, plain = zip(row["rewards_0"], row["rewards_1"], strict=True)
+        assert min(true) > 0.9, "both drawings keep what the caption promises"
+        assert plain[flat] > plain[1 - flat] + 0.5
+    reader, report = plugins.find("readers", "pickapic")(), DataReport()
+    place = Place(source="local", split="train", shard=info.path.name, root=tmp_path, report=report)
+    found = [record.extra["rewards"] for record in reader.read(info.path, place)]
+    assert found == [[row["rewards_0"], row["rewards_1"]] for row in rows_of(info)]
+    with pytest.raises(ConfigError, match="nobody"):
+        pairs.make_pairs(replace(config, rewards=("nobody",)), tmp_path / "x", 0, family)

@@ -38,7 +38,8 @@ OPTIONAL = (
     "model_1",
 )
 SCORES = (("score_0", "score_1"), ("ps_score_0", "ps_score_1"))  # the first that a row has
-FACTS = ("aspect", "map_0", "map_1", *(name for names in SCORES for name in names))
+REWARD_LISTS = ("rewards_0", "rewards_1")  # several scores of an image each; before single ones
+FACTS = ("aspect", "map_0", "map_1", *REWARD_LISTS, *(name for names in SCORES for name in names))
 
 
 class PickAPic(Reader):
@@ -86,10 +87,13 @@ def _parse(row: dict[str, Any]) -> dict[str, Any]:
 def _extra(row: dict[str, Any]) -> dict[str, Any]:
     """What the row says beyond its label. One of two scores or maps that is missing is a bad row, not a row without."""
     extra: dict[str, Any] = {}
-    for names in SCORES:
-        if any(row.get(name) is not None for name in names):
-            extra["rewards"] = [[row.get(name)] for name in names]
-            break
+    if any(row.get(name) is not None for name in REWARD_LISTS):
+        extra["rewards"] = [row.get(name) for name in REWARD_LISTS]
+    else:
+        for names in SCORES:
+            if any(row.get(name) is not None for name in names):
+                extra["rewards"] = [[row.get(name)] for name in names]
+                break
     if row.get("aspect") is not None:
         extra["aspect"] = row["aspect"]
     maps = [row.get("map_0"), row.get("map_1")]

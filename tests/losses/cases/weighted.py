@@ -131,6 +131,19 @@ def latency_is_modpo_with_minus_latency(cls):
     )
 
 
+def temperatures_divide_the_other_rewards(cls):
+    scores, layout, _ = pairs_batch(3, rewards=2)
+    pairs = layout.pairs
+    scale = torch.tensor([0.5, 4.0], dtype=torch.float64)
+    scaled = replace(layout, pairs=replace(pairs, reward_w=pairs.reward_w / scale, reward_l=pairs.reward_l / scale))
+    loss = cls(beta=0.1, weights=(0.5, 0.2, 0.3), temperatures=(0.5, 4.0))
+    plain = cls(beta=0.1, weights=(0.5, 0.2, 0.3))
+    torch.testing.assert_close(loss(scores, layout).per_item, plain(scores, scaled).per_item)
+    assert not torch.allclose(loss(scores, layout).per_item, plain(scores, layout).per_item)
+    with pytest.raises(ValueError, match="one for each weight but the first"):
+        cls(weights=(0.5, 0.5), temperatures=(1.0, 1.0))
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -394,11 +407,17 @@ CASES = [
         batch=with_stats(rewards=2),
         formula=modpo_formula("logistic"),
         start=Start(math.log(2), [-0.1, 0.1], start_batch(**REWARD_2)),
-        identities=[modpo_is_dpo_with_a_margin, its_minimiser_adds_up_the_rewards, rewards_are_counted],
+        identities=[
+            modpo_is_dpo_with_a_margin,
+            its_minimiser_adds_up_the_rewards,
+            rewards_are_counted,
+            temperatures_divide_the_other_rewards,
+        ],
         mutations=[
             ("- margin) / first", "+ margin) / first"),
             ("- margin) / first", "- margin)"),
             ("(reward_w - reward_l) @", "0.5 * (reward_w - reward_l) @"),
+            ("w / t for w, t", "w * t for w, t"),
         ],
         kinds=(Kind.TOKEN, Kind.STEP, Kind.BOUND),
     ),
