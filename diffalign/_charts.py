@@ -218,7 +218,7 @@ def scatter(series: Sequence[Scatter], *, x_label: str, y_label: str, label: str
     ends = []
     for values in zip(*every, strict=True):
         low, high = min(values), max(values)
-        pad = 0.1 * (high - low) or max(0.1 * abs(high), 1e-6)
+        pad = 0.16 * (high - low) or max(0.1 * abs(high), 1e-6)
         ends.append((low - pad, high + pad))
     frame = _Frame(*ends[0], *ends[1])
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 12}" role="img" aria-label="{escape(label)}">', *_axes(frame, False)]

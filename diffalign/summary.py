@@ -18,6 +18,8 @@ def objective_summary(
     """
     objective: Objective = config.objective
     numbers = objective.summary()
+    if config.negative.train is not None:
+        numbers["negative"] = config.negative.train
     if "beta" in objective.__dataclass_fields__ and kind in objective.default_beta:
         numbers["beta"] = objective.beta_for(kind)
     if kind is not Kind.BOUND:

@@ -415,6 +415,15 @@ def test_distilled_models_are_refused_with_the_way_out(tmp_path: Path, tiny_conf
     assert "negative" in dump(config)
 
 
+@pytest.mark.parametrize("name", ["sdxl_npo_pickapic", "sd35m_npo_pickapic", "demo_npo", "demo_self_npo"])
+def test_recipes_pass_what_is_checked_before_weights_load(name: str, tmp_path: Path) -> None:
+    from diffalign.config_loading import load_config
+
+    config = load_config(name, [f"output_dir={tmp_path}"])
+    check(config)
+    assert config.negative.alone
+
+
 # -- Self-NPO ----------------------------------------------------------------------------------------------------------
 
 
