@@ -69,7 +69,9 @@ def _model(plan: Plan) -> Iterator[str]:
         yield _row(f"{name} parameters", f"{count:>15,}")
     targets = plan.lora_targets if isinstance(plan.lora_targets, str) else ", ".join(plan.lora_targets)
     adapter = f"gates over {plan.lora_experts} experts" if plan.lora_experts else f"LoRA r{plan.lora_rank} on {targets}"
-    if plan.lora_rank or plan.lora_experts:
+    if plan.users:
+        adapter = f"attentions to users ({plan.users})"
+    if plan.lora_rank or plan.lora_experts or plan.users:
         yield _row(adapter, f"{plan.network.lora_parameters:>15,}  parameters, trained")
         yield _row("", f"{plan.network.lora_modules:>15,}  modules")
     if plan.text_encoders is not None:

@@ -47,6 +47,7 @@ _IN_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NOT_FEED_FORWARD = re.compile(r"mixer|mamba|ssm|router|(^|[._])gate$", re.IGNORECASE)  # state-space layers, routers
 
 # Checked against peft 0.21: what each of its initialisations does to a network.
+USERS = "user_attention"  # the submodule of a network with a branch for users (`diffalign.user_attention`)
 DEFAULT = "default"  # name of the adapter that is trained
 _SAFE_INITS = ("gaussian", "default", "orthogonal", "mica")
 _LINEAR_ONLY_INITS = ("orthogonal", "mica")
@@ -69,8 +70,12 @@ _TRAINED = (
 )  # of experts, they are in their files
 
 
-def check_lora(config: LoraConfig) -> None:
+def check_lora(config: LoraConfig, *, others: bool = False) -> None:
     """Refuse an adapter that cannot be trained against an adapters-off reference.
+
+    Args:
+        config: the adapter.
+        others: something else is trained on the network, so that its rank may be 0.
 
     Raises:
         ConfigError: an initialisation that changes base weights or needs a data pass, an unknown one, or a rank, alpha
@@ -78,7 +83,7 @@ def check_lora(config: LoraConfig) -> None:
     """
     _check_experts(config)
     _check_text_encoders(config)
-    if config.rank < 1 and not (config.rank == 0 and config.text_encoder_rank):
+    if config.rank < 1 and not (config.rank == 0 and (config.text_encoder_rank or others)):
         raise ConfigError(f"lora.rank: got {config.rank}; expected a whole number of at least 1, such as 16")
     for key in ("alpha", "text_encoder_alpha"):
         alpha = getattr(config, key)
@@ -411,6 +416,11 @@ def adapter_names(network: nn.Module) -> list[str]:
     return list(names)
 
 
+def is_adapted(network: nn.Module) -> bool:
+    """Whether the network has an adapter, or a branch for users."""
+    return bool(adapter_names(network)) or hasattr(network, USERS)
+
+
 def gates_of(network: nn.Module, name: str | None = None) -> Gates | None:
     """The gates over frozen experts that `attach` left on the network: any, or those that are the adapter `name`."""
     gates: Gates | None = getattr(network, GATES, None)
@@ -449,7 +459,8 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
             "adapters_off was entered with gradients enabled; wrap the reference pass in torch.no_grad()"
         )
     layers = list(lora_layers(network).values())
-    if not layers:
+    branch: Any = getattr(network, USERS, None)
+    if not layers and branch is None:
         raise RuntimeError("adapters_off: the network has no adapter, so its reference would be the policy itself")
     if any(layer.merged for layer in layers):
         raise RuntimeError("adapters_off: an adapter is merged into the base weights; unfuse it before training")
@@ -458,9 +469,14 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
     # pass that drops gradients, and switching back unfreezes adapters that were frozen. Only the flag is needed.
     for layer in layers:
         layer._disable_adapters = True
+    was_off = branch is not None and branch.off
+    if branch is not None:
+        branch.off = True
     try:
         yield
     finally:
+        if branch is not None:
+            branch.off = was_off
         for layer, state in zip(layers, before, strict=True):
             layer._disable_adapters = state
 

@@ -64,6 +64,11 @@ def load_adapter(
     Raises:
         CheckpointError: it does not fit, or the checkpoint belongs to another config.
     """
+    if config.users.encoder is not None:
+        raise ConfigError(
+            f"{path}: a run on users; its file is put into a stock pipeline by diffalign.user_attention.load "
+            "(docs/how-to/personal.md)"
+        )
     network = family.with_text_encoders() if adapts_text(family, config, path) else family.adapted
     if not (path / "manifest.json").is_file():
         info = export.load_lora(network, path, family=config.model.family, name=name, negative=negative)

@@ -464,11 +464,53 @@ class NegativeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UsersConfig:
+    """Training on the tastes of single users, who are described by a few of their pairs (PPD; images).
+
+    Attributes:
+        encoder: null: all pairs are one taste. "world_clip" (the tiny world's), "clip:WEIGHTS" or "vlm:WEIGHTS": what turns
+            pairs of a user into an embedding, which the network sees through attentions of their own. These alone are
+            trained (`lora.rank: 0`), with any objective on pairs of the data.
+        layers: of "vlm", whose hidden states of the last token are taken; the published ones are UNVERIFIED.
+        examples: pairs that describe a user (PPD: 4).
+        draws: embeddings of every user, each of other examples.
+        min_pairs: users with fewer are left out; more than `examples`, so that a pair is never among its own examples.
+        held_out_fraction: share of the users who are kept out of training, by a hash of their id.
+        held_out: ids of users who are kept out, too.
+        tokens: of a user, that attentions look at.
+        token_size: of one of them.
+        dropout: share of the pairs that are trained as nobody's.
+    """
+
+    encoder: str | None = None
+    layers: tuple[int, ...] = (-8, -1)
+    examples: int = 4
+    draws: int = 4
+    min_pairs: int = 5
+    held_out_fraction: float = 0.0
+    held_out: tuple[str, ...] = ()
+    tokens: int = 8
+    token_size: int = 256
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "draws", "tokens", "token_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.min_pairs <= self.examples:
+            raise ValueError(f"min_pairs is {self.min_pairs}; expected more than examples ({self.examples})")
+        for name in ("held_out_fraction", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """The adapter, in peft's terms.
 
     Attributes:
-        rank: LoRA rank r. 0: none on the network, where the text encoders have one (TexForce).
+        rank: LoRA rank r. 0: none on the network, where the text encoders have one (TexForce) or users have attentions of
+            their own (PPD).
         alpha: scale is alpha / rank (alpha / sqrt(rank) with `use_rslora`). None means alpha = rank.
         targets: "attention" (queries, keys, values and outputs, of a transformer's text side, too), "attention+ff", "all"
             (every linear and convolution of the blocks), or a list of module name endings.
@@ -696,6 +738,7 @@ class RunConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     negative: NegativeConfig = field(default_factory=NegativeConfig)
+    users: UsersConfig = field(default_factory=UsersConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from diffalign.adapters import lora_layers
 from diffalign.architecture import Architecture
-from diffalign.config import LoraConfig
+from diffalign.config import LoraConfig, UsersConfig
 from diffalign.errors import ConfigError
 from diffalign.families._pipeline import PipelineFamily
 from diffalign.families.published import MAX_TOKENS, build_from_config
@@ -158,7 +158,12 @@ def _size(storages: dict[int, torch.UntypedStorage]) -> int:
 
 
 def measure_network(
-    architecture: Architecture, lora: LoraConfig, *, shape: tuple[int, ...], dtype: torch.dtype
+    architecture: Architecture,
+    lora: LoraConfig,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    users: UsersConfig | None = None,
 ) -> NetworkCost:
     """Count one image or clip through the network as its family calls it.
 
@@ -167,13 +172,14 @@ def measure_network(
         lora: the adapter.
         shape: (C, h, w) or (C, F, h, w) of the latents.
         dtype: of the frozen weights; below float32 the training pass is counted under autocast to it.
+        users: attentions to users, where they are trained; the width of embeddings is `users.expected_width`.
 
     Raises:
         ConfigError: a class that cannot be built or whose inputs are not known, or LoRA targets that name no layer.
     """
     key = json.dumps([architecture.network, architecture.conditioning], sort_keys=True)
     family = architecture.family
-    return _measure_network(_Call(key, family, architecture), lora, shape, dtype)
+    return _measure_network(_Call(key, family, architecture), lora, shape, dtype, users)
 
 
 class _Call:
@@ -210,8 +216,12 @@ class _Call:
 
 
 @lru_cache(maxsize=8)
-def _measure_network(call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtype: torch.dtype) -> NetworkCost:
+def _measure_network(
+    call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtype: torch.dtype, users: UsersConfig | None = None
+) -> NetworkCost:
     from diffalign.adapters import attach, count
+    from diffalign.user_attention import UserAttention
+    from diffalign.users import expected_width
 
     network: Any = build_from_config(call.config, device="meta", dtype=dtype).requires_grad_(False)
     parameters = sum(p.numel() for p in network.parameters())
@@ -221,6 +231,10 @@ def _measure_network(call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtyp
     if lora.rank or lora.experts:
         attach(network, network_lora(lora))
         modules, lora_parameters = count(network, "default")
+    if users is not None and users.encoder is not None:
+        branch = UserAttention(network, expected_width(users), users.tokens, users.token_size)
+        branch.seat(torch.ones(1, branch.width, device="meta"))
+        modules, lora_parameters = len(branch.paths), sum(p.numel() for p in branch.parameters())
 
     saved = _Saved({p.untyped_storage()._cdata for p in network.parameters()})
     network.train()  # diffusers calls the checkpointing function only in training mode

@@ -30,7 +30,7 @@ CALL_ARGUMENTS = {
 }
 GUIDANCE = {"qwen_image": "true_cfg_scale"}  # what the others call guidance_scale
 FRAMES_PER_SECOND = {"wan": 16}  # the other clips have 8
-_FILE_KINDS = ("diffusers", "kohya", "gated")
+_FILE_KINDS = ("diffusers", "kohya", "gated", "users")
 
 
 def write_card(
@@ -165,6 +165,8 @@ def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
 
 def _adapter_label(config: RunConfig) -> str:
     """What is adapted, with rank and alpha."""
+    if config.users.encoder:
+        return f"Attentions to users ({config.users.tokens} tokens, described by {config.users.encoder!r}; PPD)"
     lora, own = config.lora, text_lora(config.lora)
     text = f"(rank {own.rank}, alpha {own.rank if own.alpha is None else own.alpha:g})"
     if not lora.rank:
@@ -175,6 +177,8 @@ def _adapter_label(config: RunConfig) -> str:
 
 def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
     parts = ["## How to use it"]
+    if "users" in files:
+        return "\n\n".join([*parts, _usage_of_users(config)])
     lora = files.get("diffusers", files.get("gated"))
     if lora is None:
         parts.append("The adapter has not been exported yet: training did not finish.")
@@ -230,6 +234,39 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
             "without it have to be computed again."
         )
     return "\n\n".join(parts)
+
+
+def _usage_of_users(config: RunConfig) -> str:
+    """How somebody's taste is put into a stock pipeline."""
+    part, model = _network_part(config.model), config.model
+    tiny = model.pretrained in TINY_BASES
+    load = (
+        ["from diffalign.world.bases import load_pipeline", "", f"pipe = load_pipeline({quoted(model.pretrained)})"]
+        if tiny
+        else _load_lines(model, TORCH_DTYPE[config.training.mixed_precision])
+    )
+    lines = [
+        "import torch",
+        "from diffalign import user_attention",
+        "from diffalign.users import hashed, read_users",
+        *load,
+        "from pathlib import Path",
+        "",
+        'users = read_users(Path("."))  # embeddings by hashed id',
+        f'branch = user_attention.load(pipe.{part}, ".")',
+        "with branch.given(next(iter(users.values()))[0]):  # or users[hashed(id)][0]",
+        f"    image = pipe({quoted(_prompt(config))}, num_inference_steps={config.sampling.num_inference_steps}, "
+        f"guidance_scale={config.sampling.guidance_scale}, height={config.data.resolution}, width={config.data.resolution}, "
+        "generator=torch.Generator().manual_seed(0)).images[0]",
+        'image.save("sample.png")',
+    ]
+    return (
+        "In diffusers, run in this folder:\n\n```python\n"
+        + "\n".join(lines)
+        + "\n```\n\nSomebody new is described by a few "
+        "pairs: `diffalign.users.make_encoder(config.users).embed([...])`. `diffalign.users.between` mixes users; "
+        "`branch.given(user, strength=0.5)` weakens one. Without a user the network is its base."
+    )
 
 
 def _gates(run_dir: Path, files: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffalign import evaluate, export, plugins
+from diffalign import evaluate, export, plugins, user_attention
 from diffalign.config import RunConfig
 from diffalign.data.loader import PairMicroBatches
 from diffalign.families import DenoisingFamily
@@ -95,9 +95,14 @@ class Outputs:
             The content of `result.json`; None if the config asks for no evaluation.
         """
         config = self.config
-        files = export.save_lora(
-            policy.bare, config.lora, self.run_dir, family=config.model.family, metadata=self._metadata(step)
-        )
+        if (branch := user_attention.of(policy.bare)) is not None:
+            files = {"users": self.run_dir / user_attention.FILE_NAME}
+            more = {"family": config.model.family, "encoder": str(config.users.encoder)}
+            user_attention.save(branch, files["users"], self._metadata(step) | more)
+        else:
+            files = export.save_lora(
+                policy.bare, config.lora, self.run_dir, family=config.model.family, metadata=self._metadata(step)
+            )
         result = self._held_out(policy, dataset, held_out)
         if self.sampler is not None and config.evaluation.at_end:
             evaluation, _, aligned = evaluate.compare(self.sampler, config.evaluation, self.family.device)
@@ -106,7 +111,7 @@ class Outputs:
             result = evaluation.headline() | result
         elif self.sampler is not None:
             self.sample_grid(step, adapters=True)
-        if result:
+        if result or facts.get("users"):
             objective = {"name": plugins.name_of(type(config.objective)), **self.summary}
             result |= facts | {"objective": objective, "seed": config.seed}
             atomic_write_text(self.run_dir / "result.json", json.dumps(result, indent=1))
@@ -123,7 +128,7 @@ class Outputs:
 
     def _metadata(self, step: int) -> dict[str, str]:
         metadata = {
-            "role": "negative" if self.config.negative.alone else "positive",
+            "role": "user" if self.config.users.encoder else "negative" if self.config.negative.alone else "positive",
             "objective": plugins.name_of(type(self.config.objective)),
             "base": self.config.model.pretrained,
             "step": str(step),

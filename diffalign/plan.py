@@ -167,6 +167,7 @@ class Plan:
     num_processes: int
     parameters: dict[str, int]
     lora_rank: int
+    users: str | None
     lora_targets: str | tuple[str, ...]
     lora_experts: int  # that are fused; 0: a new adapter is trained
     lora_text_rank: int
@@ -215,7 +216,7 @@ class _Costs:
         resolution, frames = config.data.resolution, config.data.num_frames
         self.latent_shape = self.architecture.latent_shape(resolution, frames)
         self.network: NetworkCost = measure_network(
-            self.architecture, config.lora, shape=self.latent_shape, dtype=self.dtype
+            self.architecture, config.lora, shape=self.latent_shape, dtype=self.dtype, users=config.users
         )
         self.text: TextCost | None = measure_text_encoders(self.architecture, config.lora, dtype=self.dtype)
         self.encoder: EncodeCost = measure_encoder(self.architecture.configs["vae"], resolution, frames)
@@ -420,6 +421,7 @@ def make_plan(
         num_processes=num_processes,
         parameters=costs.architecture.parameters,
         lora_rank=config.lora.rank,
+        users=config.users.encoder,
         lora_targets=config.lora.targets,
         lora_experts=len(config.lora.experts),
         lora_text_rank=config.lora.text_encoder_rank,

@@ -42,6 +42,14 @@ class PairData(Protocol):
     def text(self, prompt: str) -> Conditioning: ...
 
 
+class UserRows(Protocol):
+    """Embeddings of the users of pairs (`diffalign.users.Users`)."""
+
+    def row(self, pair: EncodedPair, visit: int) -> Tensor: ...
+
+    def of(self, pair: EncodedPair) -> Tensor: ...
+
+
 class TokenizedPairs:
     """Encoded pairs whose prompts are token ids, for text encoders that are trained; all else is as it was.
 
@@ -217,6 +225,7 @@ class PairMicroBatches(Dataset[PairBatch]):
             a draw from it at every visit.
         temperature: divides the difference of rewards of "soft" and "sampled".
         flipped: pairs whose images change places: "none", "all", or those without their prompt ("empty").
+        users: whose embeddings go with the text of a pair, under "user".
     """
 
     def __init__(
@@ -232,8 +241,9 @@ class PairMicroBatches(Dataset[PairBatch]):
         label: Literal["given", "soft", "sampled"] = "given",
         temperature: float = 1.0,
         flipped: Literal["none", "all", "empty"] = "none",
+        users: UserRows | None = None,
     ) -> None:
-        self.flipped = flipped
+        self.flipped, self.users = flipped, users
         self.data, self.plan, self.denoising, self.seed = data, plan, denoising, seed
         self.independent, self.facts, self.label, self.temperature = independent, frozenset(facts), label, temperature
         self.image_conditioning = family.image_conditioning
@@ -258,9 +268,12 @@ class PairMicroBatches(Dataset[PairBatch]):
             pair = flip(pair)
         chosen, rejected = (0, 1) if pair.p >= 0.5 else (1, 0)
         own = self._facts(pair, chosen, rejected)
+        more: Conditioning = {}
+        if self.users is not None:
+            more = {"user": self.users.of(pair) if keep_prompt else self.users.row(pair, visit)}
         prompts = ["", ""] if dropped else pair.extra.get(PROMPTS, [pair.prompt] * 2)
         if PROMPTS in pair.extra:
-            own["rejected_text"] = self.data.text(prompts[rejected])
+            own["rejected_text"] = self.data.text(prompts[rejected]) | more
         if self.independent:
             own["rejected_t"], own["rejected_noise"], _ = draw(
                 self.denoising, generator, shape, self.num_timesteps, self.timestep_sampling
@@ -269,7 +282,7 @@ class PairMicroBatches(Dataset[PairBatch]):
             id=pair.id,
             chosen=pair.latents[chosen],
             rejected=pair.latents[rejected],
-            text=self.data.text(prompts[chosen]),
+            text=self.data.text(prompts[chosen]) | more,
             chosen_image=conditioning[chosen],
             rejected_image=conditioning[rejected],
             p=self._p(pair, chosen, rejected, visit),

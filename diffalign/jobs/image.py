@@ -16,7 +16,8 @@ from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, Tokeniz
 from diffalign.data.pipeline import split_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.data.prompts import load_prompts
-from diffalign.families import NETWORK, TEXT, Conditioning, DenoisingFamily
+from diffalign.errors import DataError
+from diffalign.families import DECODER, NETWORK, TEXT, Conditioning, DenoisingFamily
 from diffalign.hardware import configure_network
 from diffalign.jobs import Job, weight_metric
 from diffalign.losses import EXO, Layout, LossOut
@@ -33,6 +34,8 @@ from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
 from diffalign.sampling.rules import flipped_pairs, has_lagged, kind_of, noise_of, reward_sign, samples_images
 from diffalign.summary import objective_summary
 from diffalign.text_encoders import attach, trains_text
+from diffalign.user_attention import UserAttention
+from diffalign.users import USERS_FILE, Users, by_user, describe, kept_out, make_encoder
 from diffalign.watch import Watch
 
 
@@ -51,6 +54,8 @@ class ImageJob(Job):
         self.dataset: PairMicroBatches | None = None
         self.kept: list[int] = []
         self.kept_out: list[int] = []
+        self.users: Users | None = None
+        self.unseen: list[int] = []  # pairs of users who are kept out
         prompts = load_prompts(config.rollout.prompts, config.rollout.num_prompts) if config.rollout.prompts else []
         own = bool(prompts)
         if not own:
@@ -70,6 +75,8 @@ class ImageJob(Job):
             self.family.load(TEXT)
             data = TokenizedPairs(data, self.family)
         self.kept, self.kept_out = split_held_out(data.prompts, config.evaluation.held_out_fraction)
+        if config.users.encoder is not None:
+            self._describe_users(data)
         self.count, self.held_out = len(self.kept), len(self.kept_out)
         sizes = data.target_sizes
         assert training.train_batch_size != "auto", "resolve_auto has chosen"
@@ -86,10 +93,32 @@ class ImageJob(Job):
             label=config.data.label,
             temperature=config.data.label_temperature,
             flipped=flipped_pairs(config),
+            users=self.users,
         )
         self.elements = dataset.example(self.kept[0], 0).noise.numel()
         self.data, self.dataset = data, dataset
         return list(dict.fromkeys(data.prompts[i] for i in self.kept))
+
+    def _describe_users(self, data: PairData) -> None:
+        """Embed the users, and sort pairs into those that are trained on and those that are not."""
+        config = self.config
+        self.family.load(DECODER)
+        encoder = make_encoder(config.users, self.accelerator.device)
+        pairs = [data.pair(index) for index in range(len(data))]
+        held_out = set(self.kept_out)
+        # Pairs on which seen users are measured do not describe them.
+        shown = [i for i, pair in enumerate(pairs) if i not in held_out or kept_out(pair.user, config.users)]
+        self.users = describe(data, shown, config.users, config.seed, encoder, self.family.decode_latents)
+        trained = self.users.trained([(pair.id, pair.user) for pair in pairs])
+        examples = {pair for user in self.users.found.values() for ids in user.examples for pair in ids}
+        unseen = {user for user, one in self.users.found.items() if one.unseen}
+        self.kept = [index for index in self.kept if trained[index]]
+        self.unseen = [i for i, pair in enumerate(pairs) if pair.user in unseen and pair.id not in examples]
+        self.kept_out = [
+            i for i in sorted(held_out) if pairs[i].user in self.users.found and pairs[i].user not in unseen
+        ]
+        if not self.kept:
+            raise DataError("users: no pair of a user who may be trained on is left; lower users.held_out_fraction")
 
     def _prepare_prompts(self, prompts: list[str], *, encode: bool) -> None:
         """What is needed to sample images of prompts: a `Sampler` encodes those once that the data have not encoded."""
@@ -109,9 +138,13 @@ class ImageJob(Job):
         frames = config.data.num_frames
         side, tokens = config.data.resolution, self.tokens
         negative = (adapters.DEFAULT, config.negative.beta) if config.negative.alone else None
-        return Sampler(
+        sampler = Sampler(
             self.family, prompts, config.sampling, side, self.autocast, frames, tokens=tokens, negative=negative
         )
+        if self.users is not None:  # prompts are everybody's in turn
+            seen = [one.embeddings[0] for one in self.users.found.values() if not one.unseen]
+            sampler.users = torch.stack([seen[i % len(seen)] for i in range(len(prompts))])
+        return sampler
 
     def identity(self) -> dict[str, Any]:
         if self.data is None:
@@ -122,6 +155,7 @@ class ImageJob(Job):
             "effective_batch": self.effective_batch,
             "micro_batch": self.config.training.train_batch_size if len(self.plan.groups) > 1 else None,
             "pairs": self.count,
+            **({} if self.users is None else {"users": len(self.users.found)}),
             "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
         }
 
@@ -136,7 +170,13 @@ class ImageJob(Job):
         return self.family.with_text_encoders() if self.tokens else self.family.network
 
     def attach(self, network: nn.Module) -> list[nn.Parameter]:
-        return attach(network, self.config.lora, seed=self.config.seed)
+        if self.users is None:
+            return attach(network, self.config.lora, seed=self.config.seed)
+        network.requires_grad_(False)
+        config = self.config.users
+        branch = UserAttention(network, self.users.width, config.tokens, config.token_size, self.config.seed)
+        adapters.train_whole(network, [f"{adapters.USERS}.{name}" for name, _ in branch.named_parameters()])
+        return adapters.parameters(network)
 
     def start(self, network: nn.Module, bare: nn.Module, reference: Reference) -> None:
         lagged = None
@@ -263,6 +303,9 @@ class ImageJob(Job):
         if self.watching is not None and (best := self.watching.restore(self.policy.bare)) is not None:
             facts = facts | {"best_step": best}
         facts = facts | {"image_forwards": self.forwards_before + self.policy.forwards * self.accelerator.num_processes}
+        if self.users is not None and self.dataset is not None:
+            self.users.write(self.run_dir / USERS_FILE)
+            facts = facts | {"users": by_user(self.policy, self.dataset, self.users, self.kept_out, self.unseen)}
         return self.outputs.finish(self.policy, self.dataset, self.kept_out, step=step, facts=facts)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.adapters import adapter_names, adapters_off
+from diffalign import user_attention
+from diffalign.adapters import adapters_off, is_adapted
 from diffalign.config import SamplingConfig
 from diffalign.families import DECODER, ENCODERS, Around, Conditioning, DenoisingFamily
 from diffalign.sampling.guidance import NegativeGuidance
@@ -45,6 +46,7 @@ class Sampler:
         negative: tuple[str, float] | None = None,
     ) -> None:
         self.in_negative = negative
+        self.users: Tensor | None = None  # embeddings (P, d), where prompts are of users
         self.family, self.prompts, self.sampling, self.autocast = family, list(prompts), sampling, autocast
         self.side = (sampling.resolution or resolution) // family.resolution_step * family.resolution_step
         family.load(ENCODERS)
@@ -104,12 +106,20 @@ class Sampler:
                 conditioning = {k: torch.cat([self.conditioning[i][k] for i, _ in chunk]) for k in self.conditioning[0]}
                 noise = torch.stack([self.noise(i, j, seed) for i, j in chunk])
                 texts = self.family.encode_tokens(conditioning)
-                images = self.family.sample(texts, negative, noise, self.sampling, around=around)
+                with self._users([i for i, _ in chunk]):
+                    images = self.family.sample(texts, negative, noise, self.sampling, around=around)
                 done.append((images * 255).round().to(torch.uint8))
                 progress(len(chunk))
         if self.family.device.type != "cpu":
             self.family.park(DECODER)  # the device's memory belongs to training
         return torch.cat(done)
+
+    def _users(self, rows: Sequence[int]) -> AbstractContextManager[object]:
+        """The users of prompts, where there are any."""
+        branch = user_attention.of(self.family.network)
+        if branch is None:
+            return nullcontext()
+        return branch.given(None if self.users is None else self.users[list(rows)])
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -139,7 +149,7 @@ def sampling_mode(network: torch.nn.Module, *, adapters: bool) -> Iterator[None]
     was_training = network.training
     network.eval()
     try:
-        with nullcontext() if adapters or not adapter_names(network) else adapters_off(network):
+        with nullcontext() if adapters or not is_adapted(network) else adapters_off(network):
             yield
     finally:
         network.train(was_training)

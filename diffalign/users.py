@@ -1,0 +1,388 @@
+"""Who likes what: embeddings of people from a few of their pairs, and which of them are kept out of training (PPD).
+
+A user is described by N pairs, each a prompt, an image that was preferred and one that was not. An encoder turns them into
+one embedding; several draws of N pairs give several embeddings of the same user, and a training pair is never conditioned on
+an embedding that has seen it. Users with fewer than `min_pairs` pairs are left out and counted.
+
+Encoders: "world_clip", the tiny world's; "clip:WEIGHTS", any CLIP that transformers reads: mean and mean difference of the
+images' embeddings, each of norm sqrt(D); "vlm:WEIGHTS", any vision-language model of transformers: hidden states of the last
+token after the pairs have been shown, at `layers`. UNVERIFIED: the paper takes LLaVA-OneVision, and does not say (as far as
+we could read) which layer, pooling and instruction; a later study of layers (PrefGen) names the last token, a middle and a
+top layer.
+
+Images are those of the latent cache, as the autoencoder shows them, so that nothing has to be read twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from diffalign.config import UsersConfig
+from diffalign.data.encode import EncodedPair
+from diffalign.data.loader import PairData, PairMicroBatches
+from diffalign.errors import CheckpointError, ConfigError, DataError
+from diffalign.evaluate import held_out_accuracy
+from diffalign.files import atomic_write_bytes
+from diffalign.policy import Policy
+from diffalign.schedules import generator_for
+from diffalign.statistics import Estimate
+
+log = logging.getLogger(__name__)
+USERS_FILE = "users.safetensors"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A pair as an encoder sees it: RGB in [0, 1], (3, H, W), the preferred image first."""
+
+    prompt: str
+    liked: Tensor
+    other: Tensor
+
+
+class Encoder(ABC):
+    """Pairs of a user to one embedding.
+
+    Attributes:
+        width: of the embedding.
+    """
+
+    width: int
+
+    @abstractmethod
+    def embed(self, shown: Sequence[Shown]) -> Tensor:
+        """The embedding of a user, float32 (width,), not all zeros."""
+
+
+class ClipEncoder(Encoder):
+    """Mean of the liked images' embeddings, and their mean difference to the others.
+
+    Args:
+        weights: hub id or folder of a CLIP.
+        device: where it computes.
+    """
+
+    def __init__(self, weights: str, device: torch.device | str = "cpu") -> None:
+        from diffalign.rewards import ClipTowers
+
+        self.towers = ClipTowers(weights, device=device)
+        self.width = 2 * int(self.towers.model.config.projection_dim)
+
+    @torch.no_grad()
+    def embed(self, shown: Sequence[Shown]) -> Tensor:
+        from diffalign.rewards import preprocess
+
+        images = torch.stack([image for one in shown for image in (one.liked, one.other)])
+        pixels = preprocess(images, self.towers.image_size, eight_bit=True)
+        found = torch.nn.functional.normalize(self.towers.embed_images(pixels).float().cpu(), dim=-1)
+        liked, other = found[0::2], found[1::2]
+        parts = (liked.mean(0), (liked - other).mean(0))
+        size = found.shape[1] ** 0.5
+        return torch.cat([size * part / part.norm().clamp(min=1e-6) for part in parts])
+
+
+class VlmEncoder(Encoder):
+    """Hidden states of a vision-language model's last token after it was shown the pairs.
+
+    Args:
+        weights: hub id or folder of a model that transformers reads as image-text-to-text.
+        layers: whose states are concatenated; negative ones count from the top.
+        device: where it computes.
+    """
+
+    INSTRUCTION = (
+        "One person chose between pictures of the same description, several times. Say what this person likes."
+    )
+
+    def __init__(self, weights: str, layers: Sequence[int], device: torch.device | str = "cpu") -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        try:
+            self.model: Any = AutoModelForImageTextToText.from_pretrained(weights)  # type: ignore[no-untyped-call]
+            self.processor: Any = AutoProcessor.from_pretrained(weights)  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"users.encoder: {weights!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.model.eval().to(device)
+        text = self.model.config.get_text_config()
+        self.layers, self.device = tuple(layers), torch.device(device)
+        count = int(text.num_hidden_layers)
+        if any(not -count <= layer < count for layer in self.layers):
+            raise ConfigError(f"users.layers: got {list(layers)}; the model has layers 0 to {count - 1}")
+        self.width = len(self.layers) * int(text.hidden_size)
+
+    @torch.no_grad()
+    def embed(self, shown: Sequence[Shown]) -> Tensor:
+        content: list[dict[str, Any]] = [{"type": "text", "text": self.INSTRUCTION}]
+        for number, one in enumerate(shown, 1):
+            content += [{"type": "text", "text": f"{number}. {one.prompt} Preferred:"}, {"type": "image"}]
+            content += [{"type": "text", "text": "over:"}, {"type": "image"}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        images = [_to_pil(image) for one in shown for image in (one.liked, one.other)]
+        inputs = self.processor(text=text, images=images, return_tensors="pt").to(self.device)
+        states = self.model(**inputs, output_hidden_states=True).hidden_states[1:]  # the first is what goes in
+        return torch.cat([states[layer][0, -1].float().cpu() for layer in self.layers])
+
+
+def _to_pil(image: Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy())
+
+
+def make_encoder(config: UsersConfig, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder of a config.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    name = config.encoder or ""
+    kind, _, weights = name.partition(":")
+    if name == "world_clip":
+        from diffalign.world.names import base_folder
+
+        return ClipEncoder(str(base_folder("tiny-clip")), device)
+    if kind == "clip" and weights:
+        return ClipEncoder(weights, device)
+    if kind == "vlm" and weights:
+        return VlmEncoder(weights, config.layers, device)
+    raise ConfigError(f"users.encoder: got {name!r}; expected 'world_clip', 'clip:WEIGHTS' or 'vlm:WEIGHTS'")
+
+
+def expected_width(config: UsersConfig) -> int:
+    """d before an encoder is loaded, for counts: CLIP ViT-L/14, or a language model of 4,096; the tiny world's own."""
+    if config.encoder == "world_clip":
+        return 256
+    return 4096 * len(config.layers) if (config.encoder or "").startswith("vlm:") else 2 * 768
+
+
+def held_out(user: str, share: float) -> bool:
+    """Whether a user is kept out of training: a function of the id alone."""
+    digest = hashlib.sha256(f"held out user/{user}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") / 2**64 < share
+
+
+def kept_out(user: str | None, config: UsersConfig) -> bool:
+    """Whether a user is kept out of training, by name or by share."""
+    return user is not None and (user in config.held_out or held_out(user, config.held_out_fraction))
+
+
+def hashed(user: str) -> str:
+    """What files call a user: ids are personal data."""
+    return hashlib.sha256(f"user/{user}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Described:
+    """A user.
+
+    Attributes:
+        embeddings: one for every draw of examples, (K, d).
+        examples: ids of the pairs of each draw.
+        unseen: kept out of training.
+    """
+
+    embeddings: Tensor
+    examples: tuple[frozenset[str], ...]
+    unseen: bool
+
+
+class Users:
+    """The users of a data set.
+
+    Args:
+        found: by user id.
+        width: d.
+        seed: of which embedding goes with which pair.
+        dropout: share of the rows that are nobody's.
+    """
+
+    def __init__(self, found: dict[str, Described], width: int, seed: int, dropout: float) -> None:
+        self.found, self.width, self.seed, self.dropout = found, width, seed, dropout
+
+    def row(self, pair: EncodedPair, visit: int) -> Tensor:
+        """The embedding that a pair is trained with, (d,): of its user, without having seen it; zeros: nobody."""
+        generator = generator_for(self.seed, f"{pair.id} user", visit)
+        nobody = torch.zeros(self.width)
+        if float(torch.rand((), generator=generator)) < self.dropout:
+            return nobody
+        return self.of(pair, generator)
+
+    def of(self, pair: EncodedPair, generator: torch.Generator | None = None) -> Tensor:
+        """One of the user's embeddings that has not seen a pair: drawn, or the first."""
+        user = self.found.get(pair.user or "")
+        free = [] if user is None else [k for k, ids in enumerate(user.examples) if pair.id not in ids]
+        if user is None or not free:
+            return torch.zeros(self.width)
+        pick = 0 if generator is None else int(torch.randint(len(free), (), generator=generator))
+        return user.embeddings[free[pick]]
+
+    def write(self, path: Path) -> None:
+        """Write the embeddings by hashed id, as a safetensors file (`read_users`)."""
+        unseen = ",".join(hashed(user) for user, one in self.found.items() if one.unseen)
+        tensors = {hashed(user): one.embeddings.contiguous() for user, one in self.found.items()}
+        atomic_write_bytes(path, save(tensors, {"unseen": unseen}))
+
+    def trained(self, pairs: Sequence[tuple[str, str | None]]) -> list[bool]:
+        """Of pairs (id, user) whether they are trained on: their user is described and seen, and some draw has not them."""
+        return [
+            (one := self.found.get(user or "")) is not None
+            and not one.unseen
+            and any(pair not in ids for ids in one.examples)
+            for pair, user in pairs
+        ]
+
+
+def read_users(path: Path) -> dict[str, Tensor]:
+    """Embeddings (K, d) by hashed id (`hashed`), of a file or a run folder.
+
+    Raises:
+        CheckpointError: no such file.
+    """
+    file = path / USERS_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; expected the {USERS_FILE} of a run on users")
+    return load_file(file)
+
+
+def describe(
+    data: PairData,
+    indices: Sequence[int],
+    config: UsersConfig,
+    seed: int,
+    encoder: Encoder,
+    decode: Callable[[Tensor], Tensor],
+) -> Users:
+    """Embed the users of pairs.
+
+    Args:
+        data: encoded pairs.
+        indices: which of them may be shown to the encoder.
+        config: how many examples and draws, and who is kept out.
+        seed: of the draws.
+        encoder: makes embeddings.
+        decode: latents (B, ...) to RGB in [0, 1], (B, 3, H, W).
+
+    Raises:
+        DataError: no user has enough pairs.
+    """
+    by_user: dict[str, list[int]] = defaultdict(list)
+    unknown = 0
+    for index in indices:
+        pair = data.pair(index)
+        if pair.user is None:
+            unknown += 1
+        elif pair.p != 0.5:
+            by_user[pair.user].append(index)
+    enough = {user: rows for user, rows in sorted(by_user.items()) if len(rows) >= config.min_pairs}
+    few = len(by_user) - len(enough)
+    if not enough:
+        raise DataError(
+            f"users: none of {len(by_user):,} users has {config.min_pairs} pairs ({unknown:,} pairs name no user); the data "
+            "need user ids (docs/how-to/personal.md), or set users.min_pairs lower"
+        )
+    found = {}
+    for user, rows in enough.items():
+        generator = generator_for(seed, f"examples of {user}", 0)
+        embeddings, examples = [], []
+        for _ in range(config.draws):
+            order = torch.randperm(len(rows), generator=generator)[: config.examples].tolist()
+            pairs = [data.pair(rows[i]) for i in order]
+            embeddings.append(encoder.embed([_shown(pair, decode) for pair in pairs]))
+            examples.append(frozenset(pair.id for pair in pairs))
+        found[user] = Described(torch.stack(embeddings), tuple(examples), kept_out(user, config))
+    log.info(
+        "users: %d described by %d pairs each, %d of them kept out; %d users with fewer than %d pairs, and %d pairs without "
+        "a user, are left out",
+        len(found),
+        config.examples,
+        sum(one.unseen for one in found.values()),
+        few,
+        config.min_pairs,
+        unknown,
+    )
+    return Users(found, encoder.width, seed, config.dropout)
+
+
+def _shown(pair: EncodedPair, decode: Callable[[Tensor], Tensor]) -> Shown:
+    images = decode(torch.stack([latent.float() for latent in pair.latents])).cpu()
+    liked = 0 if pair.p > 0.5 else 1
+    return Shown(pair.prompt, images[liked], images[1 - liked])
+
+
+def by_user(
+    policy: Policy, dataset: PairMicroBatches, users: Users, held_out: Sequence[int], unseen: Sequence[int]
+) -> dict[str, Any]:
+    """How well pairs of users that were not trained on are ranked: as their user's, and as somebody else's.
+
+    Args:
+        policy: with the trained branch.
+        dataset: of the run.
+        users: everybody.
+        held_out: pairs of seen users, with prompts that were kept out.
+        unseen: pairs of users who were kept out, but for those that describe them.
+
+    Returns:
+        By "seen" and "unseen": accuracy with 95 % interval over pairs, "own" and "other" (the next user's embedding in
+        its place), and "users", the own accuracy of each by hashed id with its number of pairs.
+    """
+    names = sorted(users.found)
+    following = dict(zip(names, [*names[1:], *names[:1]], strict=True))
+    found: dict[str, Any] = {}
+    for group, indices in (("seen", held_out), ("unseen", unseen)):
+        if not indices:
+            continue
+        own = held_out_accuracy(policy, dataset, indices)
+        dataset.users = Swapped(users, following)
+        try:
+            other = held_out_accuracy(policy, dataset, indices)
+        finally:
+            dataset.users = users
+        rows: dict[str, list[int]] = defaultdict(list)
+        for index in indices:
+            rows[dataset.data.pair(index).user or ""].append(index)
+        each = {user: held_out_accuracy(policy, dataset, some) for user, some in sorted(rows.items())}
+        found[group] = {
+            "own": _numbers(own),
+            "other": _numbers(other),
+            "users": {hashed(user): _numbers(one) for user, one in each.items()},
+        }
+    return found
+
+
+def _numbers(one: Estimate | None) -> dict[str, float] | None:
+    if one is None:
+        return None
+    return {"accuracy": one.mean, "ci_low": one.ci_low, "ci_high": one.ci_high, "pairs": one.count}
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """Users under other names: what a pair looks like to somebody else."""
+
+    users: Users
+    following: dict[str, str]
+
+    def row(self, pair: EncodedPair, visit: int) -> Tensor:
+        return self.of(pair)
+
+    def of(self, pair: EncodedPair) -> Tensor:
+        other = self.following.get(pair.user or "")
+        return torch.zeros(self.users.width) if other is None else self.users.found[other].embeddings[0]
+
+
+def between(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """A user between users: the weighted sum of their embeddings, (d,)."""
+    if len(embeddings) != len(weights):
+        raise ConfigError(f"got {len(embeddings)} embeddings and {len(weights)} weights; expected as many")
+    return torch.stack([w * e for w, e in zip(weights, embeddings, strict=True)]).sum(0)

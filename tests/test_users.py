@@ -1,0 +1,424 @@
+"""PPD: a branch for users in every family's network, embeddings of people, and runs on their pairs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny
+from torch import Tensor, nn
+
+from diffalign import adapters, checkpoint, user_attention, users
+from diffalign.config import ModelConfig, UsersConfig
+from diffalign.data.encode import EncodedPair
+from diffalign.errors import CheckpointError, ConfigError, DataError
+from diffalign.families import ENCODERS, NETWORK, load_family
+from diffalign.preflight import check
+from diffalign.sampling import Sampler
+from diffalign.trainer import train
+from diffalign.user_attention import UserAttention
+
+NAMES = ("sd", "sdxl", "sd3", "pixart", "sana", "cogvideox", "flux", "qwen_image", "wan")
+
+
+def network_of(name: str, request: pytest.FixtureRequest, factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A family over random weights, and the arguments of a call with two rows."""
+    if name in tiny.FIXTURES:
+        folder = request.getfixturevalue(tiny.FIXTURES[name])
+    else:
+        folder = factory.getbasetemp() / f"users-{name}"
+        if not folder.exists():
+            tiny.build(name, folder)
+    family: Any = load_family(ModelConfig(family=name, pretrained=str(folder), **tiny.SETTINGS.get(name, {})))
+    family.load(ENCODERS, NETWORK)
+    text = family.encode_prompts(["a red circle", "a blue square"])
+    image = family.image_conditioning((32, 32), (0, 0), (32, 32))
+    conditioning = text | {key: torch.stack([value, value]) for key, value in image.items()}
+    shape = family.latent_shape(32, 32, 5) if name in ("wan", "cogvideox") else family.latent_shape(32, 32)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    times = family.schedule.time(torch.tensor([300, 700]))
+    conditioning, _ = family.guide(conditioning, 1.0) if hasattr(family, "guide") else (conditioning, 1.0)
+    return family, lambda: family.predict(family.network, x, times, conditioning)
+
+
+def moved(branch: UserAttention, size: float = 0.5) -> None:
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in branch.to_v:
+            layer.weight.copy_(size * torch.randn(layer.weight.shape, generator=draw))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_users_change_a_network_and_nobody_does_not(
+    name: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    family, call = network_of(name, request, tmp_path_factory)
+    base = call()
+    branch = UserAttention(family.network, width=6, tokens=3, size=8)
+    who = torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
+    with branch.given(who):
+        assert torch.equal(call(), base), "values start at zero"
+    moved(branch)
+    assert torch.equal(call(), base), "nobody was given"
+    with branch.given(torch.zeros(2, 6)):
+        assert torch.equal(call(), base), "zeros are nobody"
+    with branch.given(who):
+        both = call()
+        with adapters.adapters_off(family.network):
+            assert torch.equal(call(), base)
+    assert (both - base).flatten(1).abs().amax(1).min() > 1e-4, "both rows changed"
+    with branch.given(torch.stack([who[0], torch.zeros(6)])):
+        one = call()
+    torch.testing.assert_close(one[0], both[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one[1], base[1], rtol=1e-4, atol=1e-5)
+    with branch.given(who[0]):  # one for all rows
+        torch.testing.assert_close(call()[0], both[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_added_is_a_second_attention_with_the_same_queries(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    family, _ = network_of("sdxl", request, tmp_path_factory)
+    branch = UserAttention(family.network, width=6, tokens=3, size=8)
+    moved(branch)
+    path = branch.paths[1]
+    module = family.network.get_submodule(path)
+    draw = torch.Generator().manual_seed(3)
+    hidden = torch.randn(2, 5, module.to_q.in_features, generator=draw)
+    text = torch.randn(2, 4, module.to_k.in_features, generator=draw)
+    who = torch.randn(2, 6, generator=draw)
+    base = module(hidden, encoder_hidden_states=text)
+    with branch.given(who, strength=0.7):
+        found = module(hidden, encoder_hidden_states=text)
+    tokens = branch.norm((who @ branch.project.weight.T).view(2, 3, 8))
+    q, k, v = hidden @ module.to_q.weight.T, tokens @ branch.to_k[1].weight.T, tokens @ branch.to_v[1].weight.T
+    heads, size = module.heads, q.shape[-1] // module.heads
+    parts = []
+    for h in range(heads):
+        s = slice(h * size, (h + 1) * size)
+        shares = torch.softmax(q[..., s] @ k[..., s].transpose(1, 2) / size**0.5, -1)
+        parts.append(shares @ v[..., s])
+    wanted = base + 0.7 * torch.cat(parts, -1) @ module.to_out[0].weight.T
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_go_through_checkpointed_blocks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    family, call = network_of("sdxl", request, tmp_path_factory)
+    family.network.requires_grad_(False)
+    branch = UserAttention(family.network, width=6, tokens=3, size=8)
+    moved(branch)
+    branch.seat(torch.randn(2, 6, generator=torch.Generator().manual_seed(2)))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            family.network.train()
+            family.network.enable_gradient_checkpointing()
+        branch.zero_grad()
+        call().square().sum().backward()
+        found.append([p.grad.clone() for p in branch.parameters()])
+    assert all(value.abs().max() > 0 for value in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_file_makes_the_same_branch(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    family, call = network_of("sd3", request, tmp_path_factory)
+    plain: nn.Module = copy.deepcopy(family.network)
+    branch = UserAttention(family.network, width=6, tokens=3, size=8)
+    moved(branch)
+    user_attention.save(branch, tmp_path / user_attention.FILE_NAME, {"family": "sd3"})
+    who = torch.ones(6)
+    with torch.no_grad(), branch.given(who):
+        wanted = call()
+    branch.remove(family.network)
+    assert user_attention.of(family.network) is None
+    again = user_attention.load(family.network, tmp_path)
+    with torch.no_grad(), again.given(who):
+        assert torch.equal(call(), wanted)
+    with pytest.raises(ConfigError, match="already"):
+        UserAttention(family.network, width=6)
+    with pytest.raises(ConfigError, match="width 4; this network was trained for 6"), again.given(torch.ones(4)):
+        pass
+    other, _ = network_of("sdxl", request, tmp_path_factory)
+    with pytest.raises(CheckpointError, match="other attentions"):
+        user_attention.load(other.network, tmp_path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        user_attention.load(plain, tmp_path / "nowhere")
+
+
+# -- who likes what ----------------------------------------------------------------------------------------------------
+
+
+class Counting(users.Encoder):
+    """An encoder whose embedding says which pairs it was shown."""
+
+    width = 3
+
+    def embed(self, shown: Any) -> Tensor:
+        return torch.tensor([float(len(shown)), shown[0].liked.mean(), shown[0].other.mean() - 1])
+
+
+class Pairs:
+    """Pairs of three users: six of "a", seven of "b", two of "c"; image 0 is bright, image 1 dark."""
+
+    def __init__(self) -> None:
+        owners = ["a"] * 6 + ["b"] * 7 + ["c"] * 2 + [None]
+        self.rows = [
+            EncodedPair(
+                id=f"pair{i}",
+                prompt=f"prompt {i}",
+                latents=(torch.full((1, 2, 2), 0.9), torch.full((1, 2, 2), 0.1)),
+                p=float(i % 2),
+                weight=1.0,
+                user=owner,
+                original_sizes=((8, 8), (8, 8)),
+                crops=((0, 0), (0, 0)),
+                target_size=(8, 8),
+            )
+            for i, owner in enumerate(owners)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pair(self, index: int) -> EncodedPair:
+        return self.rows[index]
+
+
+def described(**changes: Any) -> users.Users:
+    data = Pairs()
+    config = replace(UsersConfig(encoder="world_clip", examples=3, min_pairs=5), **changes)
+    return users.describe(data, range(len(data)), config, 0, Counting(), lambda latents: latents.expand(-1, 3, -1, -1))  # type: ignore[arg-type]
+
+
+def test_a_pair_is_never_among_the_examples_of_its_embedding() -> None:
+    found = described(draws=4)
+    assert set(found.found) == {"a", "b"}, "c has too few"
+    assert [one.embeddings.shape for one in found.found.values()] == [(4, 3), (4, 3)]
+    assert all(len(ids) == 3 for one in found.found.values() for ids in one.examples)
+    for pair in Pairs().rows:
+        for visit in range(20):
+            row = found.row(pair, visit)
+            if not row.any():
+                continue
+            user = found.found[pair.user or ""]
+            shown = [ids for ids, e in zip(user.examples, user.embeddings, strict=True) if torch.equal(e, row)]
+            assert any(pair.id not in ids for ids in shown)
+    liked = torch.cat([one.embeddings for one in found.found.values()])
+    assert ((liked[:, 1] - 0.9).abs().minimum((liked[:, 1] - 0.1).abs()) < 1e-5).all()
+    assert torch.allclose(liked[:, 1] + liked[:, 2], torch.zeros(8), atol=1e-5), "the preferred image is the liked one"
+
+
+def test_rows_depend_on_seed_pair_and_visit_alone() -> None:
+    one, other = described(dropout=0.4), described(dropout=0.4)
+    pair = Pairs().rows[0]
+    rows = [one.row(pair, visit) for visit in range(50)]
+    assert all(torch.equal(row, other.row(pair, visit)) for visit, row in enumerate(rows))
+    share = sum(not row.any() for row in rows) / 50
+    assert 0.2 < share < 0.6
+    assert all(described(dropout=0.0).row(pair, visit).any() for visit in range(20))
+    assert not described().row(Pairs().rows[13], 0).any(), "a user with too few pairs is nobody"
+
+
+def test_users_are_kept_out_by_id_or_by_share() -> None:
+    found = described(held_out=("b",))
+    assert [one.unseen for one in found.found.values()] == [False, True]
+    pairs = [(pair.id, pair.user) for pair in Pairs().rows]
+    trained = found.trained(pairs)
+    assert all(user == "a" for (_, user), kept in zip(pairs, trained, strict=True) if kept)
+    names = [str(i) for i in range(2000)]
+    assert 0.25 < sum(users.held_out(name, 0.3) for name in names) / 2000 < 0.35
+    assert not any(users.held_out(name, 0.0) for name in names)
+    with pytest.raises(DataError, match="none of 3 users has 9 pairs"):
+        described(min_pairs=9)
+
+
+def test_files_do_not_name_users(tmp_path: Path) -> None:
+    found = described()
+    found.write(tmp_path / users.USERS_FILE)
+    again = users.read_users(tmp_path)
+    assert set(again) == {users.hashed("a"), users.hashed("b")}
+    assert torch.equal(again[users.hashed("a")], found.found["a"].embeddings)
+    assert not {"a", "b"} & set(again)
+    with pytest.raises(CheckpointError, match="no such file"):
+        users.read_users(tmp_path / "nowhere")
+
+
+def test_somebody_between_two_users() -> None:
+    one, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert users.between([one, other], [0.25, 0.75]).tolist() == [0.25, 3.0]
+    assert torch.equal(users.between([one, other], [1.0, 0.0]), one)
+    with pytest.raises(ConfigError, match="as many"):
+        users.between([one], [1.0, 2.0])
+
+
+def test_clip_sees_who_won(tmp_path: Path) -> None:
+    encoder = users.make_encoder(UsersConfig(encoder="world_clip"))
+    draw = torch.Generator().manual_seed(0)
+    shown = [users.Shown("a", *torch.rand(2, 3, 32, 32, generator=draw)) for _ in range(3)]
+    turned = [users.Shown(one.prompt, one.other, one.liked) for one in shown]
+    one, other = encoder.embed(shown), encoder.embed(turned)
+    assert one.shape == (encoder.width,)
+    half = encoder.width // 2
+    torch.testing.assert_close(one[half:], -other[half:], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one[:half], other[:half], atol=1e-2)
+    assert one[:half].norm() == pytest.approx(half**0.5, rel=1e-4)
+    torch.testing.assert_close(encoder.embed(shown[::-1]), one, rtol=1e-4, atol=1e-4)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of "ann", who likes bright pictures, "bob", who likes dark ones, and "eve", who likes bright ones, too."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("people")
+    rng, lines = np.random.default_rng(0), []
+    for i in range(30):
+        user = ("ann", "bob", "eve")[i % 3]
+        pictures = [rng.integers(low, low + 60, (32, 32, 3), dtype=np.uint8) for low in (20, 180)]
+        bright, dark = (f"{i}-bright.png", f"{i}-dark.png")
+        for name, picture in zip((dark, bright), pictures, strict=True):
+            Image.fromarray(picture).save(folder / name)
+        chosen, rejected = (dark, bright) if user == "bob" else (bright, dark)
+        row = {"prompt": f"a picture of thing {i}", "chosen": chosen, "rejected": rejected, "user": user}
+        lines.append(json.dumps(row))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def personal(tmp_path: Path, tiny_config: Any, people: Path) -> Any:
+    """Runs on pairs of three people."""
+
+    def make(name: str, **changes: Any) -> Any:
+        section = {"encoder": "world_clip", "examples": 2, "min_pairs": 3, "draws": 3, "tokens": 2, "token_size": 8}
+        return tiny_config(
+            tmp_path / name,
+            data={"format": "jsonl", "sources": [str(people / "train.jsonl")]},
+            users=section | changes.pop("users", {}),
+            lora={"rank": 0} | changes.pop("lora", {}),
+            **changes,
+        )
+
+    return make
+
+
+def test_a_run_trains_the_branch_alone(personal: Any) -> None:
+    looks = {"prompts": ["a red circle", "a blue square"], "num_prompts": 2, "held_out_fraction": 0.3}
+    steps = {"max_train_steps": 60, "train_batch_size": 6, "learning_rate": 1e-2}
+    made = train(personal("run", evaluation=looks, training=steps, users={"held_out": ["eve"], "dropout": 0.0}))
+    folder = made.run_dir
+    assert not (folder / "pytorch_lora_weights.safetensors").exists()
+    tensors = last(folder)
+    assert all(name.startswith("user_attention.") for name in tensors)
+    assert any(value.abs().max() > 0 for name, value in tensors.items() if "to_v" in name)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    result = json.loads((folder / "result.json").read_text())["users"]
+    assert result["seen"]["own"]["accuracy"] > 0.8, "opposite tastes, told apart by who asks"
+    assert result["seen"]["other"]["accuracy"] < 0.5, "the next user wants something else"
+    assert set(result["seen"]["users"]) == {users.hashed("ann"), users.hashed("bob")}
+    assert set(result["unseen"]["users"]) == {users.hashed("eve")}
+    assert result["unseen"]["own"]["accuracy"] > 0.8, "eve is like ann, and was never trained on"
+    assert set(users.read_users(folder)) == {users.hashed(name) for name in ("ann", "bob", "eve")}
+    assert "ann" not in (folder / "metrics.jsonl").read_text()
+    card = (folder / "README.md").read_text()
+    assert "user_attention.load(pipe.unet" in card
+    compile(card.partition("```python\n")[2].partition("```")[0], "snippet", "exec")
+
+
+def last(folder: Path) -> dict[str, Tensor]:
+    """The adapter of the last checkpoint."""
+    from safetensors.torch import load_file
+
+    return load_file(list(checkpoint.steps_of(folder).values())[-1] / "adapter.safetensors")
+
+
+def test_a_personal_run_resumes_to_the_same_branch(personal: Any) -> None:
+    steps = {"max_train_steps": 4, "checkpointing_steps": 2}
+    whole = train(personal("whole", training=steps))
+    train(personal("cut", training=steps | {"max_train_steps": 2}))
+    ended = train(personal("cut", training=steps | {"resume_from_checkpoint": "latest"}))
+    one, other = last(whole.run_dir), last(ended.run_dir)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_prompts_of_a_grid_are_of_users(personal: Any, tmp_path: Path) -> None:
+    config = personal("x")
+    family: Any = load_family(config.model)
+    sampler = Sampler(family, ["a red circle", "a red circle"], config.sampling, 32)
+    family.load(NETWORK)
+    branch = UserAttention(family.network, width=4, tokens=2, size=8)
+    moved(branch)
+    base = sampler.images([0, 1], seed=0, adapters=False)
+    sampler.users = torch.stack([torch.zeros(4), torch.ones(4)])
+    found = sampler.images([0, 1], seed=0)
+    assert torch.equal(found[0], base[0])
+    assert not torch.equal(found[1], base[1])
+    assert torch.equal(sampler.images([1], seed=0)[0], found[1])
+    assert torch.equal(sampler.images([0, 1], seed=0, adapters=False), base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"rank": 4}}, "set it to 0"),
+        ({"users": {"encoder": "nothing"}}, "expected one of world_clip"),
+        ({"users": {"encoder": None}, "lora": {"rank": 2}}, "set users.encoder"),
+        ({"users": {"layers": [3]}}, "only 'vlm' encoders"),
+        ({"negative": {"train": "flip"}}, "negative.train: got 'flip'"),
+        (
+            {"rollout": {"rewards": ["jpeg_compressibility"], "samples_per_prompt": 2}},
+            "sampled images here, which are nobody's",
+        ),
+    ],
+)
+def test_what_does_not_go_with_users_is_refused(personal: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(personal("x", **changes))
+
+
+def test_unreadable_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than examples"):
+        UsersConfig(examples=5, min_pairs=5)
+    with pytest.raises(ValueError, match="tokens is 0"):
+        UsersConfig(tokens=0)
+    with pytest.raises(ValueError, match="dropout is 1"):
+        UsersConfig(dropout=1.0)
+
+
+def test_plans_count_the_branch() -> None:
+    from diffalign.config_loading import load_config
+    from diffalign.plan import make_plan, render
+
+    config = load_config("demo_ppd")
+    plan = make_plan(config)
+    family: Any = load_family(config.model)
+    family.load(NETWORK)
+    width = users.make_encoder(config.users).width
+    branch = UserAttention(family.network, width, config.users.tokens, config.users.token_size)
+    assert plan.network.lora_parameters == sum(p.numel() for p in branch.parameters())
+    assert plan.network.lora_modules == len(branch.paths)
+    assert "attentions to users (world_clip)" in render(plan)
+
+
+@pytest.mark.parametrize("name", ["sdxl_ppd_pickapic", "demo_ppd"])
+def test_recipes_pass_what_is_checked_before_weights_load(name: str, tmp_path: Path) -> None:
+    from diffalign.config_loading import load_config
+
+    check(load_config(name, [f"output_dir={tmp_path}"]))
