@@ -277,6 +277,32 @@ def test_clip_sees_who_won(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder.embed(shown[::-1]), one, rtol=1e-4, atol=1e-4)
 
 
+def test_a_vision_language_model_sees_who_won(tmp_path: Path) -> None:
+    import vlm_support
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vlm_support.save(tmp_path / "vlm", Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, vision)
+    config = UsersConfig(encoder=f"vlm:{tmp_path / 'vlm'}", layers=(0, -1))
+    encoder = users.make_encoder(config)
+    assert encoder.width == 2 * 32
+    draw = torch.Generator().manual_seed(0)
+    shown = [users.Shown("a", *torch.rand(2, 3, 56, 56, generator=draw)) for _ in range(2)]
+    turned = [users.Shown(one.prompt, one.other, one.liked) for one in shown]
+    one, other = encoder.embed(shown), encoder.embed(turned)
+    assert one.shape == (64,)
+    assert torch.equal(encoder.embed(shown), one)
+    assert not torch.allclose(one, other, atol=1e-4)
+    top = users.make_encoder(replace(config, layers=(-1,))).embed(shown)
+    torch.testing.assert_close(top, one[32:])
+    with pytest.raises(ConfigError, match="layers 0 to 1"):
+        users.make_encoder(replace(config, layers=(2,)))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        users.make_encoder(replace(config, encoder=f"vlm:{tmp_path / 'nowhere'}"))
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
