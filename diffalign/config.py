@@ -98,8 +98,9 @@ class DataConfig:
         max_disk_gb: refuse a source, or stop downloading, beyond this many gigabytes (1e9 bytes).
         keep_downloads: keep downloaded shards after they are cached; otherwise each is deleted once it is encoded.
         ties: "drop" removes them; "soft" keeps them with label 1/2. A tie is never a win.
-        label_from: who says which image won: the "label", or the first of the rows' "rewards" (SmPO). Then equal rewards are
-            ties, and labels are read for dropping people's ties alone.
+        label_from: who says which image won: the "label"; the first of the rows' "rewards" (SmPO); or their "majority", one
+            vote for each reward, whatever its scale (BalancedDPO, arXiv 2503.12575). Then equal rewards (votes) are ties,
+            and labels are read for dropping people's ties alone.
         label: how sure it is that the chosen image is preferred: as "given"; or by the first reward, with probability
             sigmoid((r_chosen - r_rejected) / label_temperature): that itself ("soft"), or a draw from it at every visit
             ("sampled"; subject-driven RPO). Which image is the chosen one stays.
@@ -133,7 +134,7 @@ class DataConfig:
     max_disk_gb: float | None = None
     keep_downloads: bool = True
     ties: Literal["drop", "soft"] = "drop"
-    label_from: Literal["label", "rewards"] = "label"
+    label_from: Literal["label", "rewards", "majority"] = "label"
     label: Literal["given", "soft", "sampled"] = "given"
     label_temperature: float = 1.0
     drop_duplicates: bool = True

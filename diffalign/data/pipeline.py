@@ -80,7 +80,7 @@ def iterate(config: DataConfig, source: Source, report: DataReport) -> Generator
     checked_early = False
     with contextlib.closing(read_all(config, source, reader, report)) as records:  # closing deletes downloads
         for read in records:
-            record, why = by_rewards(read) if config.label_from == "rewards" else (read, None)
+            record, why = (read, None) if config.label_from == "label" else by_rewards(read, config.label_from)
             if why := why or rules.why_not(record):
                 report.skip(record, *why)
             else:
@@ -102,18 +102,23 @@ def iterate(config: DataConfig, source: Source, report: DataReport) -> Generator
         )
 
 
-def by_rewards(record: Record) -> tuple[Record, tuple[str, str] | None]:
-    """A record labelled by its first reward, and why it cannot be; its own label only says that it is a tie.
+def by_rewards(record: Record, rule: str = "rewards") -> tuple[Record, tuple[str, str] | None]:
+    """A record labelled by its first reward, or by the majority of them, and why it cannot be.
 
-    Equal rewards are a tie like any other, kept or dropped by `data.ties`; people's ties are always dropped.
+    Its own label only says that it is a tie. Equal rewards, or as many votes for either image, are a tie like any other,
+    kept or dropped by `data.ties`; people's ties are always dropped.
     """
     if record.p is None:
         return record, None  # left out as unlabelled
     if record.p == 0.5:
         return record, ("tie", "as labelled")
     if REWARDS not in record.extra:
-        return record, ("missing_reward", "no rewards, and data.label_from is 'rewards'")
-    first, second = (rewards[0] for rewards in record.extra[REWARDS])
+        return record, ("missing_reward", f"no rewards, and data.label_from is {rule!r}")
+    votes = list(zip(*record.extra[REWARDS], strict=True))
+    if rule == "majority":  # scales do not matter: every reward has one vote
+        first, second = sum(a > b for a, b in votes), sum(b > a for a, b in votes)
+    else:
+        first, second = votes[0]
     p = 0.5 if first == second else float(first > second)
     prompt = winners_prompt(record.extra, p) if PROMPTS in record.extra else record.prompt
     return dataclasses.replace(record, p=p, prompt=prompt), None

@@ -329,6 +329,25 @@ def test_rewards_can_say_who_won(tmp_path: Path) -> None:
     assert [r.p for r in kept] == [1.0, 1.0, 1.0, 1.0, 0.0]
 
 
+def test_most_rewards_can_say_who_won(tmp_path: Path) -> None:
+    """One vote each: a wide range counts no more than a narrow one, and a monotone change of a reward changes nothing."""
+    lists = [
+        ([0.9, 0.2, 3.0], [0.1, 0.1, 900.0]),
+        ([0.1, 0.2, 1.0], [0.9, 0.3, -5.0]),
+        ([0.4, 0.1, 0.0], [0.3, 0.2, 0.0]),
+    ]
+    rows = [{"rewards_0": a, "rewards_1": b, "label_0": 1.0, "label_1": 0.0, "has_label": True} for a, b in lists]
+    kept, report = run(tmp_path / "one", rows, label_from="majority")
+    assert [(r.prompt, r.p) for r in kept] == [("prompt 0", 1.0), ("prompt 1", 0.0)]
+    assert dict(report.skipped) == {"tie": 1}
+    for row in rows:
+        row |= {key: [value[0] ** 3, *value[1:]] for key, value in row.items() if key.startswith("rewards")}
+    again, _ = run(tmp_path / "two", rows, label_from="majority")
+    assert [r.p for r in again] == [r.p for r in kept]
+    first, _ = run(tmp_path / "three", rows, label_from="rewards")
+    assert [r.p for r in first] == [1.0, 0.0, 1.0]
+
+
 def test_the_same_images_in_two_respects_are_two_pairs(tmp_path: Path) -> None:
     row = {"caption": "p", "jpg_0": png(1), "jpg_1": png(2), "label_0": 1.0, "label_1": 0.0}
     kept, report = run(tmp_path, [row | {"aspect": a} for a in (0, 1, 1)])
