@@ -71,10 +71,15 @@ def run_merge(args: argparse.Namespace, config: RunConfig) -> int:
     require_writable(out)
     _, family = _opened(config)
     family.load(NETWORK)
-    names = soups.attach(family, config, parts)
+    names, role = soups.attach(family, config, parts)
     merged = soups.merge(family.network, names, [part.weight for part in parts])
     recipe = " + ".join(f"{part.weight:g} {part.path.name}" for part in parts)
-    metadata = {"base": config.model.pretrained, "merged": recipe, "resolution": str(config.data.resolution)}
+    metadata = {
+        "role": role,
+        "base": config.model.pretrained,
+        "merged": recipe,
+        "resolution": str(config.data.resolution),
+    }
     files = export.save_lora(
         family.network,
         None,
@@ -113,7 +118,12 @@ def run_pareto(args: argparse.Namespace, config: RunConfig) -> int:
     measuring = pareto.Measuring(sampler, config, accelerator.device)
     family.load(NETWORK)
     points = [measuring.point("base", "base", on=False)]
-    names = soups.attach(family, config, [*parts, *runs])
+    names, role = soups.attach(family, config, [*parts, *runs])
+    if role == "negative":
+        raise ConfigError(
+            "pareto: these are adapters for the negative branch of guidance, and would act in both here; measure them with "
+            "diffalign evaluate --negative-adapter"
+        )
     for weights in soups.simplex(len(parts), args.points) if parts else []:
         pareto.mixture(family.network, names[: len(parts)], weights)
         label = " ".join(f"{weight:.2g}" for weight in weights)

@@ -70,7 +70,7 @@ def _model(plan: Plan) -> Iterator[str]:
     targets = plan.lora_targets if isinstance(plan.lora_targets, str) else ", ".join(plan.lora_targets)
     adapter = f"gates over {plan.lora_experts} experts" if plan.lora_experts else f"LoRA r{plan.lora_rank} on {targets}"
     if plan.users:
-        adapter = f"attentions to users ({plan.users})"
+        adapter = f"{adapter}, weighed by users" if plan.lora_rank else f"attentions to users ({plan.users})"
     if plan.lora_rank or plan.lora_experts or plan.users:
         yield _row(adapter, f"{plan.network.lora_parameters:>15,}  parameters, trained")
         yield _row("", f"{plan.network.lora_modules:>15,}  modules")

@@ -39,6 +39,11 @@ def check_negative(config: RunConfig, family: type[DenoisingFamily]) -> None:
             "adapter for it would do nothing. Take a model with classifier-free guidance (SDXL, SD3.5, Qwen-Image, Wan); "
             "the distilled one can use it in a stock pipeline with true_cfg_scale above 1, at twice the cost a step"
         )
+    if train in ("flip", "empty_prompts") and not objective.takes_sides:
+        raise ConfigError(
+            f"negative.train: got {train!r}; objective {objective.name!r} learns from both images of a pair alike, so that "
+            "exchanging them changes nothing; take another objective, or other maps with 'plain'"
+        )
     if train == "empty_prompts":
         _check_empty(config)
         return
@@ -83,6 +88,11 @@ def _check_empty(config: RunConfig) -> None:
     """Refuse pairs that change places where their prompt is dropped, if no prompt is dropped or there are no pairs."""
     from diffalign.sampling.rules import samples_images
 
+    if config.negative.beta != 1:
+        raise ConfigError(
+            f"negative.beta: got {config.negative.beta}; with negative.train 'empty_prompts' one adapter serves both "
+            "branches, and the negative one has no weight of its own; remove it"
+        )
     if not config.denoising.proportion_empty_prompts:
         raise ConfigError(
             "denoising.proportion_empty_prompts: got 0, so that no pair changes places (negative.train: empty_prompts); "
@@ -102,8 +112,19 @@ def check_fused(config: RunConfig) -> None:
         ConfigError: gated experts, or text encoders.
         CheckpointError: no LoRA file, or one of another family.
     """
-    from diffalign import export, gates
+    from diffusers.loaders.lora_base import LoraBaseMixin
 
+    from diffalign import export, gates, plugins
+    from diffalign.families._pipeline import PipelineFamily
+
+    family = plugins.find("families", config.model.family)
+    if config.model.adapters and not (
+        issubclass(family, PipelineFamily) and issubclass(family.pipeline_class(), LoraBaseMixin)
+    ):
+        raise ConfigError(
+            f"model.adapters: diffusers cannot fuse LoRA into the network of family {config.model.family!r}; save the model "
+            "with the adapter in its weights and name that in model.pretrained"
+        )
     for source in config.model.adapters:
         file = export.find_file(Path(source).expanduser())
         _, metadata = export.read_file(file)

@@ -34,17 +34,32 @@ def check_users(config: RunConfig, family: type[DenoisingFamily]) -> None:
         raise ConfigError(
             f"users.layers: got {list(users.layers)}; only 'vlm' encoders have layers to choose; remove it"
         )
+    if users.through == "gates" and not lora.rank:
+        raise ConfigError(
+            "users.through: got 'gates', which weigh the ranks of a LoRA, and lora.rank is 0; set it above 0"
+        )
+    if users.through == "gates":
+        for name in ("tokens", "token_size"):
+            if getattr(users, name) != getattr(UsersConfig(), name):
+                raise ConfigError(f"users.{name}: got {getattr(users, name)}; gates have no tokens; remove it")
+    alone = users.through == "attention"
     for key, value in (
-        ("lora.rank", lora.rank),
+        ("lora.rank", lora.rank if alone else 0),
+        ("lora.use_dora", lora.use_dora),
         ("lora.text_encoder_rank", lora.text_encoder_rank),
         ("lora.experts", lora.experts),
         ("negative.train", config.negative.train),
     ):
         if value:
             raise ConfigError(
-                f"{key}: got {value!r}; with users.encoder the users' attentions alone are trained, and the rest of the "
-                f"network is everybody's: {'set it to 0' if key == 'lora.rank' else 'remove it'}"
+                f"{key}: got {value!r}; with users.encoder {'the attentions to users' if alone else 'a LoRA and its gates'} "
+                f"alone are trained: {'set it to 0, or users.through to gates' if key == 'lora.rank' else 'remove it'}"
             )
+    if config.data.num_frames > 1:
+        raise ConfigError(
+            f"data.num_frames: got {config.data.num_frames}; encoders of users see still images; set it to 1, or remove "
+            "users.encoder"
+        )
     if samples_images(config):
         raise ConfigError(
             f"users.encoder: objective {config.objective.name!r} trains on sampled images here, which are nobody's; users "

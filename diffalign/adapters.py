@@ -47,7 +47,7 @@ _IN_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NOT_FEED_FORWARD = re.compile(r"mixer|mamba|ssm|router|(^|[._])gate$", re.IGNORECASE)  # state-space layers, routers
 
 # Checked against peft 0.21: what each of its initialisations does to a network.
-USERS = "user_attention"  # the submodule of a network with a branch for users (`diffalign.user_attention`)
+USERS = "user_branch"  # the submodule of a network that sees users (`diffalign.user_branches`)
 DEFAULT = "default"  # name of the adapter that is trained
 _SAFE_INITS = ("gaussian", "default", "orthogonal", "mica")
 _LINEAR_ONLY_INITS = ("orthogonal", "mica")

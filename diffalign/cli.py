@@ -368,7 +368,9 @@ def add_negative(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alpha", type=float, default=1.0, help="share of --adapter in the negative branch (default: 1)"
     )
-    parser.add_argument("--beta", type=float, default=1.0, help="weight of --negative-adapter (default: 1)")
+    parser.add_argument(
+        "--beta", type=float, help="weight of the negative adapter (default: negative.beta of the config, which is 1)"
+    )
 
 
 def negative_of(args: argparse.Namespace) -> Path | None:

@@ -64,11 +64,6 @@ def load_adapter(
     Raises:
         CheckpointError: it does not fit, or the checkpoint belongs to another config.
     """
-    if config.users.encoder is not None:
-        raise ConfigError(
-            f"{path}: a run on users; its file is put into a stock pipeline by diffalign.user_attention.load "
-            "(docs/how-to/personal.md)"
-        )
     network = family.with_text_encoders() if adapts_text(family, config, path) else family.adapted
     if not (path / "manifest.json").is_file():
         info = export.load_lora(network, path, family=config.model.family, name=name, negative=negative)
@@ -132,7 +127,7 @@ def generate(
     out: Path,
     negative_adapter: Path | None = None,
     alpha: float = 1.0,
-    beta: float = 1.0,
+    beta: float | None = None,
 ) -> Path:
     """Sample images of prompts, with an adapter if one is given, and write them with an index.
 
@@ -179,10 +174,26 @@ def generate(
 def _branches(
     config: RunConfig, adapter: Path | None, negative_adapter: Path | None
 ) -> tuple[Path | None, Path | None]:
-    """The adapters of both branches of guidance: that of a run which trains a negative one is for the negative branch."""
-    if config.negative.alone and negative_adapter is None:
-        return None, adapter
-    return adapter, negative_adapter
+    """The adapters of both branches of guidance: that of a run which trains a negative one is for the negative branch.
+
+    Raises:
+        ConfigError: a positive adapter would come into the negative branch; a run on users.
+    """
+    if config.users.encoder is not None:
+        raise ConfigError(
+            "a run on users: its files are put into a stock pipeline by diffalign.user_branches.load (see "
+            "docs/how-to/personal.md)"
+        )
+    if not config.negative.alone or negative_adapter is not None:
+        return adapter, negative_adapter
+    if adapter is not None and not (adapter / "manifest.json").is_file():
+        role = export.read_file(export.find_file(adapter))[1].get("diffalign.role")
+        if role not in (None, "negative"):
+            raise ConfigError(
+                f"--adapter: {adapter} is a {role} adapter, and the run's own are for the negative branch; give the run's "
+                "with --negative-adapter beside it"
+            )
+    return None, adapter
 
 
 def _attach(
@@ -191,7 +202,7 @@ def _attach(
     adapter: Path | None,
     negative_adapter: Path | None,
     alpha: float,
-    beta: float,
+    beta: float | None,
 ) -> Around:
     """Attach the adapters of both branches; returns what a call of the stock pipeline needs around it.
 
@@ -213,7 +224,8 @@ def _attach(
     load_adapter(family, config, negative_adapter, name, negative=True)
     if before:
         adapters.use_adapters(network, before, [1.0] * len(before))
-    return lambda pipeline: NegativeGuidance(pipeline, name, alpha=alpha, beta=beta)
+    weight = config.negative.beta if beta is None else beta
+    return lambda pipeline: NegativeGuidance(pipeline, name, alpha=alpha, beta=weight)
 
 
 def evaluate_adapter(
@@ -223,7 +235,7 @@ def evaluate_adapter(
     *,
     negative_adapter: Path | None = None,
     alpha: float = 1.0,
-    beta: float = 1.0,
+    beta: float | None = None,
     against: Literal["base", "adapter"] = "base",
 ) -> dict[str, Any]:
     """Compare base and adapter on the config's evaluation prompts and held-out pairs, and write the numbers.
@@ -266,7 +278,8 @@ def evaluate_adapter(
     found = {"adapter": adapter, "negative_adapter": negative_adapter}
     result = evaluation.headline() | {name: str(path) for name, path in found.items() if path is not None}
     if negative_adapter is not None:
-        result |= {"alpha": alpha, "beta": beta, "against": against}
+        weight = config.negative.beta if beta is None else beta
+        result |= {"alpha": alpha, "beta": weight, "against": against}
     if data is not None:
         data = TokenizedPairs(data, family) if tokens else data
         _, held_out = split_held_out(data.prompts, fraction)

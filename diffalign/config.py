@@ -470,20 +470,23 @@ class UsersConfig:
 
     Attributes:
         encoder: null: all pairs are one taste. "world_clip" (the tiny world's), "clip:WEIGHTS" or "vlm:WEIGHTS": what turns
-            pairs of a user into an embedding, which the network sees through attentions of their own. These alone are
-            trained (`lora.rank: 0`), with any objective on pairs of the data.
+            pairs of a user into an embedding, which the network sees while it is trained with any objective on pairs of the
+            data.
+        through: "attention": attentions to the user beside those to text, which alone are trained (PPD; `lora.rank: 0`).
+            "gates": a LoRA, as `lora` says, whose ranks every user turns up and down; it reaches all of the LoRA's layers.
         layers: of "vlm", whose hidden states of the last token are taken; the published ones are UNVERIFIED.
         examples: pairs that describe a user (PPD: 4).
         draws: embeddings of every user, each of other examples.
         min_pairs: users with fewer are left out; more than `examples`, so that a pair is never among its own examples.
         held_out_fraction: share of the users who are kept out of training, by a hash of their id.
         held_out: ids of users who are kept out, too.
-        tokens: of a user, that attentions look at.
+        tokens: of "attention", of a user.
         token_size: of one of them.
         dropout: share of the pairs that are trained as nobody's.
     """
 
     encoder: str | None = None
+    through: Literal["attention", "gates"] = "attention"
     layers: tuple[int, ...] = (-8, -1)
     examples: int = 4
     draws: int = 4

@@ -198,6 +198,23 @@ def held_out_accuracy(
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda n: None,
 ) -> statistics.Estimate | None:
+    """Implicit accuracy on pairs that training never saw: the mean of `held_out_hits` with its bootstrap interval.
+
+    None if there is no pair.
+    """
+    hits = held_out_hits(policy, dataset, indices, draws=draws, batch_size=batch_size, progress=progress)
+    return statistics.bootstrap_rate(list(hits.values())) if hits else None
+
+
+def held_out_hits(
+    policy: Policy,
+    dataset: PairMicroBatches,
+    indices: Sequence[int],
+    *,
+    draws: int = 4,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[int, float]:
     """Implicit accuracy on pairs that training never saw: how often the chosen image gained more than the rejected.
 
     For each pair the margin is averaged over `draws` timesteps, one from each slice of the range that is trained,
@@ -205,27 +222,29 @@ def held_out_accuracy(
     numbers of different steps and runs are comparable. Errors are measured as in training. Ties in the data are left out.
 
     Returns:
-        Mean over pairs with its bootstrap interval, or None if there is no pair.
+        1, or 0, or 1/2 where it is undecided, by pair.
     """
     policy = policy.against_base()
     first, last = policy.denoising.timestep_range(policy.num_timesteps)
     sizes = dataset.data.target_sizes
-    hits: list[float] = []
+    hits: dict[int, float] = {}
     with sampling_mode(policy.bare, adapters=True):
         for size in sorted({sizes[index] for index in indices}):
             group = [index for index in indices if sizes[index] == size]
             for start in range(0, len(group), batch_size):
-                chunk = [dataset.example(index, 0, keep_prompt=True) for index in group[start : start + batch_size]]
-                progress(len(chunk))
-                chunk = [example for example in chunk if example.p != 0.5]
-                if not chunk:
+                rows = group[start : start + batch_size]
+                some = [(index, dataset.example(index, 0, keep_prompt=True)) for index in rows]
+                progress(len(rows))
+                some = [(index, example) for index, example in some if example.p != 0.5]
+                if not some:
                     continue
-                batch = collate(chunk).to(policy.family.device)
+                batch = collate([example for _, example in some]).to(policy.family.device)
                 place = (batch.t.double() - first + 0.5) / (last - first + 1)  # in (0, 1), another one for every pair
                 margin = torch.zeros(len(batch), device=policy.family.device)
                 for k in range(draws):
                     t = (first + (k + place) / draws * (last - first + 1)).long().clamp(first, last)
                     gain_w, gain_l = (2 * policy.measure(batch.stacked(t)).log_ratio()).chunk(2)
                     margin += gain_w - gain_l
-                hits += ((margin > 0).float() + 0.5 * (margin == 0).float()).tolist()
-    return statistics.bootstrap_rate(hits) if hits else None
+                found = ((margin > 0).float() + 0.5 * (margin == 0).float()).tolist()
+                hits |= dict(zip([index for index, _ in some], found, strict=True))
+    return hits

@@ -140,7 +140,8 @@ def save_lora(
     own = adapters.state_dict(network, name)
     if state is not None:
         adapters.check_state(own, state, "the state to export")
-    tensors = {key: cast(key, (own if state is None else state)[key], dtype) for key in own}
+    whole = network.__dict__.get(adapters.WHOLE, ())  # trained beside the LoRA, and written by whoever trains it
+    tensors = {key: cast(key, (own if state is None else state)[key], dtype) for key in own if key not in whole}
     parts = _parts(network, name, tensors, family)
     if lora is not None:
         for part in parts:

@@ -220,7 +220,7 @@ def _measure_network(
     call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtype: torch.dtype, users: UsersConfig | None = None
 ) -> NetworkCost:
     from diffalign.adapters import attach, count
-    from diffalign.user_attention import UserAttention
+    from diffalign.user_branches import UserAttention, UserGates
     from diffalign.users import expected_width
 
     network: Any = build_from_config(call.config, device="meta", dtype=dtype).requires_grad_(False)
@@ -232,9 +232,14 @@ def _measure_network(
         attach(network, network_lora(lora))
         modules, lora_parameters = count(network, "default")
     if users is not None and users.encoder is not None:
-        branch = UserAttention(network, expected_width(users), users.tokens, users.token_size)
+        branch: UserAttention | UserGates
+        if users.through == "gates":
+            branch = UserGates(network, expected_width(users))
+        else:
+            branch = UserAttention(network, expected_width(users), users.tokens, users.token_size)
+            modules = len(branch.paths)
         branch.seat(torch.ones(1, branch.width, device="meta"))
-        modules, lora_parameters = len(branch.paths), sum(p.numel() for p in branch.parameters())
+        lora_parameters += sum(p.numel() for p in branch.parameters())
 
     saved = _Saved({p.untyped_storage()._cdata for p in network.parameters()})
     network.train()  # diffusers calls the checkpointing function only in training mode

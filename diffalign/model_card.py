@@ -166,6 +166,8 @@ def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
 def _adapter_label(config: RunConfig) -> str:
     """What is adapted, with rank and alpha."""
     if config.users.encoder:
+        if config.users.through == "gates":
+            return f"A LoRA (rank {config.lora.rank}) whose ranks users weigh, described by {config.users.encoder!r},"
         return f"Attentions to users ({config.users.tokens} tokens, described by {config.users.encoder!r}; PPD)"
     lora, own = config.lora, text_lora(config.lora)
     text = f"(rank {own.rank}, alpha {own.rank if own.alpha is None else own.alpha:g})"
@@ -247,13 +249,13 @@ def _usage_of_users(config: RunConfig) -> str:
     )
     lines = [
         "import torch",
-        "from diffalign import user_attention",
+        "from diffalign import user_branches",
         "from diffalign.users import hashed, read_users",
         *load,
         "from pathlib import Path",
         "",
         'users = read_users(Path("."))  # embeddings by hashed id',
-        f'branch = user_attention.load(pipe.{part}, ".")',
+        f'branch = user_branches.load(pipe.{part}, ".")',
         "with branch.given(next(iter(users.values()))[0]):  # or users[hashed(id)][0]",
         f"    image = pipe({quoted(_prompt(config))}, num_inference_steps={config.sampling.num_inference_steps}, "
         f"guidance_scale={config.sampling.guidance_scale}, height={config.data.resolution}, width={config.data.resolution}, "

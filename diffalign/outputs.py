@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffalign import evaluate, export, plugins, user_attention
+from diffalign import evaluate, export, plugins, user_branches
 from diffalign.config import RunConfig
 from diffalign.data.loader import PairMicroBatches
 from diffalign.families import DenoisingFamily
@@ -88,19 +88,29 @@ class Outputs:
         *,
         step: int,
         facts: dict[str, Any],
+        more: Callable[[], dict[str, Any]] = dict,
     ) -> dict[str, Any] | None:
         """Adapter files, evaluation, `result.json`, report and model card.
+
+        Args:
+            policy: with the trained adapter.
+            dataset, held_out: pairs that were kept out.
+            step: number of the last step.
+            facts: of the training, for `result.json`.
+            more: measures further results, when the adapter is written.
 
         Returns:
             The content of `result.json`; None if the config asks for no evaluation.
         """
         config = self.config
-        if (branch := user_attention.of(policy.bare)) is not None:
-            files = {"users": self.run_dir / user_attention.FILE_NAME}
-            more = {"family": config.model.family, "encoder": str(config.users.encoder)}
-            user_attention.save(branch, files["users"], self._metadata(step) | more)
+        if (branch := user_branches.of(policy.bare)) is not None:
+            files = {"users": self.run_dir / user_branches.FILE_NAME}
+            known = {"family": config.model.family, "encoder": str(config.users.encoder)}
+            user_branches.save(branch, files["users"], self._metadata(step) | known)
         else:
-            files = export.save_lora(
+            files = {}
+        if config.lora.rank or config.lora.experts or config.lora.text_encoder_rank:
+            files |= export.save_lora(
                 policy.bare, config.lora, self.run_dir, family=config.model.family, metadata=self._metadata(step)
             )
         result = self._held_out(policy, dataset, held_out)
@@ -111,7 +121,8 @@ class Outputs:
             result = evaluation.headline() | result
         elif self.sampler is not None:
             self.sample_grid(step, adapters=True)
-        if result or facts.get("users"):
+        result |= more()
+        if result:
             objective = {"name": plugins.name_of(type(config.objective)), **self.summary}
             result |= facts | {"objective": objective, "seed": config.seed}
             atomic_write_text(self.run_dir / "result.json", json.dumps(result, indent=1))
@@ -131,6 +142,11 @@ class Outputs:
             "role": "user" if self.config.users.encoder else "negative" if self.config.negative.alone else "positive",
             "objective": plugins.name_of(type(self.config.objective)),
             "base": self.config.model.pretrained,
+            **(
+                {"fused": " ".join(Path(p).name for p in self.config.model.adapters)}
+                if self.config.model.adapters
+                else {}
+            ),
             "step": str(step),
             "seed": str(self.config.seed),
             "resolution": str(self.config.data.resolution),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffalign import user_attention
+from diffalign import user_branches
 from diffalign.adapters import adapters_off
 from diffalign.config import DenoisingConfig
 from diffalign.data.batch import PairBatch, RowBatch, Rows
@@ -101,7 +101,7 @@ class Policy:
         x = x.to(self.family.dtype)
         if isinstance(self.bare, TextConditioned):
             return network(x, times, conditioning)  # type: ignore[no-any-return]
-        if (branch := user_attention.of(self.bare)) is not None:
+        if (branch := user_branches.of(self.bare)) is not None:
             # Stays until the next call: checkpointed blocks read it again in the backward pass.
             branch.seat(conditioning.get("user"))
         return self.family.predict(network, x, times, conditioning)

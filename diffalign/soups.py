@@ -60,8 +60,8 @@ def names_of(count: int) -> list[str]:
     return [f"part{number}" for number in range(count)]
 
 
-def attach(family: DenoisingFamily, config: RunConfig, parts: Sequence[Part]) -> list[str]:
-    """Attach adapters beside each other, all of them acting by weight; returns their names.
+def attach(family: DenoisingFamily, config: RunConfig, parts: Sequence[Part]) -> tuple[list[str], str]:
+    """Attach adapters beside each other, all of them acting by weight; returns their names and their role.
 
     Args:
         family: with its network in memory.
@@ -70,22 +70,27 @@ def attach(family: DenoisingFamily, config: RunConfig, parts: Sequence[Part]) ->
 
     Raises:
         CheckpointError: a file that does not fit.
-        ConfigError: DoRA, gated experts or trained text encoders, which do not add up this way.
+        ConfigError: DoRA, gated experts or trained text encoders, which do not add up this way, or adapters for different
+            branches of guidance.
     """
-    names = names_of(len(parts))
+    names, roles = names_of(len(parts)), dict[str, Path]()
     for name, part in zip(names, parts, strict=True):
         if export.adapts_text(part.path):
             raise ConfigError(
                 f"{part.path} has a part for text encoders; only the network's adapters are added up here"
             )
         info = export.load_lora(family.network, part.path, family=config.model.family, name=name, negative=True)
+        roles[info.role] = part.path
         if info.style == "gated":
             raise ConfigError(f"{part.path} holds gated experts, which depend on the time and cannot be added up")
     for path, layer in lora_layers(family.network).items():
         if any(layer.use_dora.values()):
             raise ConfigError(f"an adapter of {path} is a DoRA, whose magnitudes do not add up; expected plain LoRA")
+    if len(roles) > 1:
+        said = " and ".join(f"{path} ({role})" for role, path in roles.items())
+        raise ConfigError(f"{said} are for different branches of guidance, and do not add up")
     adapters.use_adapters(family.network, names, [part.weight for part in parts])
-    return names
+    return names, next(iter(roles))
 
 
 def merge(network: nn.Module, names: Sequence[str], weights: Sequence[float]) -> str:

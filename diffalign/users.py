@@ -2,7 +2,8 @@
 
 A user is described by N pairs, each a prompt, an image that was preferred and one that was not. An encoder turns them into
 one embedding; several draws of N pairs give several embeddings of the same user, and a training pair is never conditioned on
-an embedding that has seen it. Users with fewer than `min_pairs` pairs are left out and counted.
+an embedding that has seen it, or a pair of the same prompt, which may hold the same image. Users with fewer than
+`min_pairs` pairs are left out and counted.
 
 Encoders: "world_clip", the tiny world's; "clip:WEIGHTS", any CLIP that transformers reads: mean and mean difference of the
 images' embeddings, each of norm sqrt(D); "vlm:WEIGHTS", any vision-language model of transformers: hidden states of the last
@@ -16,30 +17,35 @@ Images are those of the latent cache, as the autoencoder shows them, so that not
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffalign.config import UsersConfig
-from diffalign.data.encode import EncodedPair
+from diffalign.config import RunConfig, UsersConfig
+from diffalign.data.encode import EncodedPair, Owner
 from diffalign.data.loader import PairData, PairMicroBatches
 from diffalign.errors import CheckpointError, ConfigError, DataError
-from diffalign.evaluate import held_out_accuracy
+from diffalign.evaluate import held_out_hits
+from diffalign.families import DECODER, DenoisingFamily
 from diffalign.files import atomic_write_bytes
 from diffalign.policy import Policy
+from diffalign.progress import Progress
 from diffalign.schedules import generator_for
-from diffalign.statistics import Estimate
+from diffalign.statistics import bootstrap_rate
 
 log = logging.getLogger(__name__)
 USERS_FILE = "users.safetensors"
+MEASURED = 2000  # pairs of a group that are ranked at the end, at most
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,8 @@ class ClipEncoder(Encoder):
     def embed(self, shown: Sequence[Shown]) -> Tensor:
         from diffalign.rewards import preprocess
 
-        images = torch.stack([image for one in shown for image in (one.liked, one.other)])
-        pixels = preprocess(images, self.towers.image_size, eight_bit=True)
+        images = [image[None] for one in shown for image in (one.liked, one.other)]  # their sizes may differ
+        pixels = torch.cat([preprocess(image, self.towers.image_size, eight_bit=True) for image in images])
         found = torch.nn.functional.normalize(self.towers.embed_images(pixels).float().cpu(), dim=-1)
         liked, other = found[0::2], found[1::2]
         parts = (liked.mean(0), (liked - other).mean(0))
@@ -159,6 +165,25 @@ def make_encoder(config: UsersConfig, device: torch.device | str = "cpu") -> Enc
     raise ConfigError(f"users.encoder: got {name!r}; expected 'world_clip', 'clip:WEIGHTS' or 'vlm:WEIGHTS'")
 
 
+def check_encoder(config: UsersConfig) -> None:
+    """Refuse weights whose configuration cannot be read; no weights load.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    kind, _, weights = (config.encoder or "").partition(":")
+    if kind not in ("clip", "vlm"):
+        return
+    from transformers import AutoConfig
+
+    from diffalign.rewards import local_weights
+
+    try:
+        AutoConfig.from_pretrained(local_weights(weights))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"users.encoder: {weights!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
 def expected_width(config: UsersConfig) -> int:
     """d before an encoder is loaded, for counts: CLIP ViT-L/14, or a language model of 4,096; the tiny world's own."""
     if config.encoder == "world_clip":
@@ -188,7 +213,7 @@ class Described:
 
     Attributes:
         embeddings: one for every draw of examples, (K, d).
-        examples: ids of the pairs of each draw.
+        examples: `Owner.keys` of the pairs of each draw.
         unseen: kept out of training.
     """
 
@@ -218,29 +243,35 @@ class Users:
             return nobody
         return self.of(pair, generator)
 
+    def free(self, owner: Owner) -> list[int]:
+        """Numbers of the embeddings of a pair's user that were made without it and its prompt."""
+        user = self.found.get(owner.user or "")
+        return [] if user is None else [k for k, shown in enumerate(user.examples) if not owner.keys() & shown]
+
     def of(self, pair: EncodedPair, generator: torch.Generator | None = None) -> Tensor:
-        """One of the user's embeddings that has not seen a pair: drawn, or the first."""
-        user = self.found.get(pair.user or "")
-        free = [] if user is None else [k for k, ids in enumerate(user.examples) if pair.id not in ids]
-        if user is None or not free:
+        """One of the user's embeddings that has not seen a pair: drawn, or the first; zeros where there is none."""
+        free = self.free(Owner(pair.id, pair.user, pair.p, pair.prompt))
+        if not free:
             return torch.zeros(self.width)
         pick = 0 if generator is None else int(torch.randint(len(free), (), generator=generator))
-        return user.embeddings[free[pick]]
+        return self.found[pair.user or ""].embeddings[free[pick]]
 
-    def write(self, path: Path) -> None:
-        """Write the embeddings by hashed id, as a safetensors file (`read_users`)."""
-        unseen = ",".join(hashed(user) for user, one in self.found.items() if one.unseen)
+    def write(self, path: Path, digest: str = "") -> None:
+        """Write the embeddings by hashed id, as a safetensors file (`read_users`).
+
+        Args:
+            path: file.
+            digest: of what they were made from, for whoever wants to read them again.
+        """
+        examples = {hashed(user): [sorted(ids) for ids in one.examples] for user, one in self.found.items()}
+        unseen = [hashed(user) for user, one in self.found.items() if one.unseen]
         tensors = {hashed(user): one.embeddings.contiguous() for user, one in self.found.items()}
-        atomic_write_bytes(path, save(tensors, {"unseen": unseen}))
+        facts = {"examples": json.dumps(examples), "unseen": json.dumps(unseen), "digest": digest}
+        atomic_write_bytes(path, save(tensors, facts))
 
-    def trained(self, pairs: Sequence[tuple[str, str | None]]) -> list[bool]:
-        """Of pairs (id, user) whether they are trained on: their user is described and seen, and some draw has not them."""
-        return [
-            (one := self.found.get(user or "")) is not None
-            and not one.unseen
-            and any(pair not in ids for ids in one.examples)
-            for pair, user in pairs
-        ]
+    def trained(self, owners: Sequence[Owner]) -> list[bool]:
+        """Whether pairs are trained on: their user is described and seen, and some draw has not shown them."""
+        return [bool(self.free(owner)) and not self.found[owner.user or ""].unseen for owner in owners]
 
 
 def read_users(path: Path) -> dict[str, Tensor]:
@@ -253,6 +284,38 @@ def read_users(path: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; expected the {USERS_FILE} of a run on users")
     return load_file(file)
+
+
+def described(data: PairData, indices: Sequence[int], config: RunConfig, family: DenoisingFamily, path: Path) -> Users:
+    """The users of a run: those that its folder has, if they were made from the same pairs, or new ones, which are written.
+
+    Args:
+        data, indices: as of `describe`.
+        config: of the run.
+        family: decodes.
+        path: of the file.
+    """
+    owners, own = data.owners, config.users
+    images = [config.model.pretrained, config.model.vae, config.data.resolution, config.data.crop, config.data.flip]
+    what = [asdict(own), config.seed, images, [owners[i] for i in indices]]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+        if facts.get("digest") == digest:
+            tensors, names = load_file(path), {hashed(o.user): o.user for o in owners if o.user is not None}
+            examples, unseen = json.loads(facts["examples"]), set(json.loads(facts["unseen"]))
+            found = {
+                names[key]: Described(tensors[key], tuple(map(frozenset, shown)), key in unseen)
+                for key, shown in examples.items()
+            }
+            return Users(found, next(iter(tensors.values())).shape[1], config.seed, own.dropout)
+    family.load(DECODER)
+    users = describe(data, indices, own, config.seed, make_encoder(own, family.device), family.decode_latents)
+    if family.device.type != "cpu":
+        family.park(DECODER)  # the device's memory belongs to training
+    users.write(path, digest)
+    return users
 
 
 def describe(
@@ -274,16 +337,21 @@ def describe(
         decode: latents (B, ...) to RGB in [0, 1], (B, 3, H, W).
 
     Raises:
-        DataError: no user has enough pairs.
+        DataError: no user has enough pairs, or `held_out` names somebody who is not there.
     """
     by_user: dict[str, list[int]] = defaultdict(list)
-    unknown = 0
+    unknown, owners = 0, data.owners
     for index in indices:
-        pair = data.pair(index)
-        if pair.user is None:
+        owner = owners[index]
+        if owner.user is None:
             unknown += 1
-        elif pair.p != 0.5:
-            by_user[pair.user].append(index)
+        elif owner.p != 0.5:
+            by_user[owner.user].append(index)
+    if strangers := sorted(set(config.held_out) - by_user.keys()):
+        raise DataError(
+            f"users.held_out: {', '.join(strangers)} named, and the data have no pair of them; ids here are such as "
+            f"{', '.join(sorted(by_user)[:5]) or 'none'}"
+        )
     enough = {user: rows for user, rows in sorted(by_user.items()) if len(rows) >= config.min_pairs}
     few = len(by_user) - len(enough)
     if not enough:
@@ -292,15 +360,10 @@ def describe(
             "need user ids (docs/how-to/personal.md), or set users.min_pairs lower"
         )
     found = {}
-    for user, rows in enough.items():
-        generator = generator_for(seed, f"examples of {user}", 0)
-        embeddings, examples = [], []
-        for _ in range(config.draws):
-            order = torch.randperm(len(rows), generator=generator)[: config.examples].tolist()
-            pairs = [data.pair(rows[i]) for i in order]
-            embeddings.append(encoder.embed([_shown(pair, decode) for pair in pairs]))
-            examples.append(frozenset(pair.id for pair in pairs))
-        found[user] = Described(torch.stack(embeddings), tuple(examples), kept_out(user, config))
+    with Progress("describing users", len(enough), "user") as progress:
+        for user, rows in enough.items():
+            found[user] = _describe(user, rows, data, config, seed, encoder, decode)
+            progress.advance()
     log.info(
         "users: %d described by %d pairs each, %d of them kept out; %d users with fewer than %d pairs, and %d pairs without "
         "a user, are left out",
@@ -312,6 +375,27 @@ def describe(
         unknown,
     )
     return Users(found, encoder.width, seed, config.dropout)
+
+
+def _describe(
+    user: str,
+    rows: Sequence[int],
+    data: PairData,
+    config: UsersConfig,
+    seed: int,
+    encoder: Encoder,
+    decode: Callable[[Tensor], Tensor],
+) -> Described:
+    """One user, by several draws of examples from pairs."""
+    generator, owners = generator_for(seed, f"examples of {user}", 0), data.owners
+    embeddings: list[Tensor] = []
+    examples: list[frozenset[str]] = []
+    for _ in range(config.draws):
+        order = torch.randperm(len(rows), generator=generator)[: config.examples].tolist()
+        pairs = [data.pair(rows[i]) for i in order]
+        embeddings.append(encoder.embed([_shown(pair, decode) for pair in pairs]))
+        examples.append(frozenset().union(*(owners[rows[i]].keys() for i in order)))
+    return Described(torch.stack(embeddings), tuple(examples), kept_out(user, config))
 
 
 def _shown(pair: EncodedPair, decode: Callable[[Tensor], Tensor]) -> Shown:
@@ -338,31 +422,36 @@ def by_user(
     """
     names = sorted(users.found)
     following = dict(zip(names, [*names[1:], *names[:1]], strict=True))
+    owners = dataset.data.owners
     found: dict[str, Any] = {}
     for group, indices in (("seen", held_out), ("unseen", unseen)):
+        if len(indices) > MEASURED:
+            order = torch.randperm(len(indices), generator=generator_for(users.seed, f"measured {group}", 0))
+            indices = [indices[i] for i in sorted(order[:MEASURED].tolist())]
         if not indices:
             continue
-        own = held_out_accuracy(policy, dataset, indices)
-        dataset.users = Swapped(users, following)
-        try:
-            other = held_out_accuracy(policy, dataset, indices)
-        finally:
-            dataset.users = users
-        rows: dict[str, list[int]] = defaultdict(list)
-        for index in indices:
-            rows[dataset.data.pair(index).user or ""].append(index)
-        each = {user: held_out_accuracy(policy, dataset, some) for user, some in sorted(rows.items())}
+        with Progress(f"ranking pairs of {group} users", 2 * len(indices), "pair") as progress:
+            own = held_out_hits(policy, dataset, indices, progress=progress.advance)
+            dataset.users = Swapped(users, following)
+            try:
+                other = held_out_hits(policy, dataset, indices, progress=progress.advance)
+            finally:
+                dataset.users = users
+        by: dict[str, list[float]] = defaultdict(list)
+        for index, hit in own.items():
+            by[hashed(owners[index].user or "")].append(hit)
         found[group] = {
-            "own": _numbers(own),
-            "other": _numbers(other),
-            "users": {hashed(user): _numbers(one) for user, one in each.items()},
+            "own": _numbers(list(own.values())),
+            "other": _numbers(list(other.values())),
+            "users": {name: _numbers(hits) for name, hits in sorted(by.items())},
         }
     return found
 
 
-def _numbers(one: Estimate | None) -> dict[str, float] | None:
-    if one is None:
+def _numbers(hits: list[float]) -> dict[str, float] | None:
+    if not hits:
         return None
+    one = bootstrap_rate(hits)
     return {"accuracy": one.mean, "ci_low": one.ci_low, "ci_high": one.ci_high, "pairs": one.count}
 
 

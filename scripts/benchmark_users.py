@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffalign import adapters, export, rewards, statistics, user_attention, users
+from diffalign import adapters, export, rewards, statistics, user_branches, users
 from diffalign.config_loading import load_config
 from diffalign.data.prompts import load_prompts
 from diffalign.families import NETWORK, load_family
@@ -39,7 +39,7 @@ def measure(personal: Path, shared: Path | None, prompts: int) -> dict[str, Any]
     texts = load_prompts(config.evaluation.prompts, prompts)
     sampler = Sampler(family, texts, config.sampling, config.data.resolution)
     family.load(NETWORK)
-    branch = user_attention.load(family.network, personal)
+    branch = user_branches.load(family.network, personal)
     known = users.read_users(personal)
     who = {name: known[users.hashed(str(one.user_id))] for name, one in taste.USERS.items()}
     judges = {name: rewards.load(f"world_taste:{name}") for name in who}
@@ -52,12 +52,14 @@ def measure(personal: Path, shared: Path | None, prompts: int) -> dict[str, Any]
     def scored(model: Any, images: torch.Tensor) -> list[float]:
         return [round(v, 4) for v in rewards.score(model, images, texts).tolist()]
 
-    base, of = pictures(None), {name: pictures(embeddings[0]) for name, embeddings in who.items()}
+    base, of = pictures(None, on=False), {name: pictures(embeddings[0]) for name, embeddings in who.items()}
     found: dict[str, Any] = {"people": {}, "mixed": {}}
     for one, other, rule in MIXED:
         path = [users.between([who[one][0], who[other][0]], [1 - w, w]) for w in WEIGHTS]
         found["mixed"][f"{one} to {other}"] = [scored(rules[rule], pictures(user)) for user in path]
     branch.remove(family.network)
+    if adapters.adapter_names(family.network):
+        family.network.unload_lora()
     together = base
     if shared is not None:
         export.load_lora(family.network, shared, family=config.model.family)

@@ -75,7 +75,8 @@ def test_a_mixture_predicts_what_its_merged_adapter_predicts(made: tuple[Any, li
     family = load_family(config.model)
     family.load(NETWORK)
     parts = [soups.Part(folders[0], 0.3), soups.Part(folders[1], 0.9)]
-    names = soups.attach(family, config, parts)
+    names, role = soups.attach(family, config, parts)
+    assert role == "positive"
     sample, t = torch.randn(2, *sample_shape(family), generator=torch.Generator().manual_seed(0)), torch.tensor(300)
     text, more = conditioning(family)
 
@@ -172,3 +173,26 @@ def test_adapters_that_do_not_add_up_are_refused(tmp_path: Path, tiny_config: An
     fresh.load(NETWORK)
     with pytest.raises(ConfigError, match="magnitudes do not add up"):
         soups.attach(fresh, config, [soups.Part(tmp_path / "dora")])
+
+
+def test_adapters_for_different_branches_do_not_mix(
+    made: tuple[Any, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str], own_logging: None
+) -> None:
+    from diffalign.config_loading import dump
+
+    config, (one, _) = made
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(config))
+    for name in ("bad", "worse"):
+        family = load_family(config.model)
+        family.load(NETWORK)
+        adapters.attach(family.network, LoraConfig(rank=2))
+        export.save_lora(family.network, None, tmp_path / name, family="sdxl", metadata={"role": "negative"})
+    bad, worse = str(tmp_path / "bad"), str(tmp_path / "worse")
+    both = ["--adapter", f"{bad}=1", "--adapter"]
+    assert cli.main(["merge", str(file), *both, f"{one}=1", "--out", str(tmp_path / "m")]) == 2
+    assert "different branches of guidance" in capsys.readouterr().err
+    assert cli.main(["merge", str(file), *both, f"{worse}=1", "--out", str(tmp_path / "m")]) == 0
+    assert export.read_file(tmp_path / "m" / export.FILE_NAME)[1]["diffalign.role"] == "negative"
+    assert cli.main(["pareto", str(file), "--adapter", bad, "--adapter", worse, "--out", str(tmp_path / "f")]) == 2
+    assert "would act in both" in capsys.readouterr().err

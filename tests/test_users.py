@@ -12,16 +12,17 @@ import pytest
 import torch
 from families import tiny
 from torch import Tensor, nn
+from torch.nn import functional
 
-from diffalign import adapters, checkpoint, user_attention, users
-from diffalign.config import ModelConfig, UsersConfig
-from diffalign.data.encode import EncodedPair
+from diffalign import adapters, checkpoint, export, user_branches, users
+from diffalign.config import LoraConfig, ModelConfig, UsersConfig
+from diffalign.data.encode import EncodedPair, Owner
 from diffalign.errors import CheckpointError, ConfigError, DataError
 from diffalign.families import ENCODERS, NETWORK, load_family
 from diffalign.preflight import check
 from diffalign.sampling import Sampler
 from diffalign.trainer import train
-from diffalign.user_attention import UserAttention
+from diffalign.user_branches import UserAttention, UserGates
 
 NAMES = ("sd", "sdxl", "sd3", "pixart", "sana", "cogvideox", "flux", "qwen_image", "wan")
 
@@ -109,6 +110,84 @@ def test_what_is_added_is_a_second_attention_with_the_same_queries(
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_networks_with_two_kinds_of_attention_are_seen_where_text_is() -> None:
+    from diffusers import SD3Transformer2DModel
+
+    sides = {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16}
+    more = {"caption_projection_dim": 16, "pooled_projection_dim": 16, "sample_size": 8, "in_channels": 4}
+    network = SD3Transformer2DModel(**sides, **more, dual_attention_layers=(0, 1))
+    assert hasattr(network.transformer_blocks[0], "attn2"), "in which the image looks at itself"
+    assert list(user_branches.attentions(network)) == [f"transformer_blocks.{i}.attn" for i in range(3)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_users_weigh_the_ranks_of_a_lora(
+    name: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    family, call = network_of(name, request, tmp_path_factory)
+    base = call()
+    adapters.attach(family.network, LoraConfig(rank=3, alpha=3.0, targets="all"))
+    draw = torch.Generator().manual_seed(5)
+    for path, value in family.network.named_parameters():
+        if "lora_B" in path:
+            value.copy_(0.2 * torch.randn(value.shape, generator=draw))
+    shared = call()
+    assert (shared - base).abs().max() > 1e-4
+    branch = UserGates(family.network, width=6)
+    who = torch.randn(2, 6, generator=draw)
+    with branch.given(who):
+        torch.testing.assert_close(call(), shared, rtol=1e-5, atol=1e-6)
+    for layer in branch.gates:
+        layer.weight.copy_(0.3 * torch.randn(layer.weight.shape, generator=draw))
+    assert torch.equal(call(), shared), "nobody has the plain LoRA"
+    with branch.given(torch.zeros(2, 6)):
+        torch.testing.assert_close(call(), shared, rtol=1e-5, atol=1e-6)
+    with branch.given(who):
+        both = call()
+        with adapters.adapters_off(family.network):
+            assert torch.equal(call(), base)
+    assert (both - shared).flatten(1).abs().amax(1).min() > 1e-5, "both rows changed"
+    with branch.given(3 * who[0]):  # by direction
+        torch.testing.assert_close(call()[0], both[0], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_gates_are_a_diagonal_between_the_factors(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    family, _ = network_of("sdxl", request, tmp_path_factory)
+    adapters.attach(family.network, LoraConfig(rank=2, alpha=3.0, targets="all"))
+    branch = UserGates(family.network, width=4)
+    draw = torch.Generator().manual_seed(6)
+    layers: dict[str, Any] = dict(adapters.lora_layers(family.network))
+    who = torch.randn(2, 4, generator=draw)
+    directions = who / who.norm(dim=1, keepdim=True) * 2.0  # sqrt(4)
+    tried = set()
+    for number, path in enumerate(branch.paths):
+        layer = layers[path]
+        convolution = isinstance(layer.base_layer, nn.Conv2d)
+        if convolution in tried:
+            continue
+        tried.add(convolution)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        b.copy_(torch.randn(b.shape, generator=draw))
+        branch.gates[number].weight.copy_(torch.randn(2, 4, generator=draw))
+        shape = (2, a.shape[1], 6, 6) if convolution else (2, 5, a.shape[1])
+        x = torch.randn(shape, generator=draw)
+        with branch.given(who, strength=0.5):
+            found = layer(x) - layer.base_layer(x)
+        gate = 1 + 0.5 * directions @ branch.gates[number].weight.T
+        for row in range(2):
+            if convolution:
+                inner = functional.conv2d(x[row : row + 1], a, None, layer.base_layer.stride, layer.base_layer.padding)
+                wanted = functional.conv2d(inner * gate[row].view(1, 2, 1, 1), b)
+            else:
+                wanted = ((x[row] @ a.T * gate[row]) @ b.T)[None]
+            torch.testing.assert_close(found[row : row + 1], 1.5 * wanted, rtol=1e-3, atol=1e-4)
+    assert tried == {True, False}
+
+
 def test_gradients_go_through_checkpointed_blocks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -137,13 +216,13 @@ def test_a_file_makes_the_same_branch(
     plain: nn.Module = copy.deepcopy(family.network)
     branch = UserAttention(family.network, width=6, tokens=3, size=8)
     moved(branch)
-    user_attention.save(branch, tmp_path / user_attention.FILE_NAME, {"family": "sd3"})
+    user_branches.save(branch, tmp_path / user_branches.FILE_NAME, {"family": "sd3"})
     who = torch.ones(6)
     with torch.no_grad(), branch.given(who):
         wanted = call()
     branch.remove(family.network)
-    assert user_attention.of(family.network) is None
-    again = user_attention.load(family.network, tmp_path)
+    assert user_branches.of(family.network) is None
+    again = user_branches.load(family.network, tmp_path)
     with torch.no_grad(), again.given(who):
         assert torch.equal(call(), wanted)
     with pytest.raises(ConfigError, match="already"):
@@ -151,10 +230,10 @@ def test_a_file_makes_the_same_branch(
     with pytest.raises(ConfigError, match="width 4; this network was trained for 6"), again.given(torch.ones(4)):
         pass
     other, _ = network_of("sdxl", request, tmp_path_factory)
-    with pytest.raises(CheckpointError, match="other attentions"):
-        user_attention.load(other.network, tmp_path)
+    with pytest.raises(CheckpointError, match="other layers"):
+        user_branches.load(other.network, tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
-        user_attention.load(plain, tmp_path / "nowhere")
+        user_branches.load(plain, tmp_path / "nowhere")
 
 
 # -- who likes what ----------------------------------------------------------------------------------------------------
@@ -195,57 +274,77 @@ class Pairs:
     def pair(self, index: int) -> EncodedPair:
         return self.rows[index]
 
+    @property
+    def owners(self) -> list[Owner]:
+        return [Owner(row.id, row.user, row.p, row.prompt) for row in self.rows]
 
-def described(**changes: Any) -> users.Users:
+
+def make_users(**changes: Any) -> users.Users:
     data = Pairs()
     config = replace(UsersConfig(encoder="world_clip", examples=3, min_pairs=5), **changes)
     return users.describe(data, range(len(data)), config, 0, Counting(), lambda latents: latents.expand(-1, 3, -1, -1))  # type: ignore[arg-type]
 
 
 def test_a_pair_is_never_among_the_examples_of_its_embedding() -> None:
-    found = described(draws=4)
+    found = make_users(draws=4)
     assert set(found.found) == {"a", "b"}, "c has too few"
     assert [one.embeddings.shape for one in found.found.values()] == [(4, 3), (4, 3)]
-    assert all(len(ids) == 3 for one in found.found.values() for ids in one.examples)
+    assert all(len(keys) == 6 for one in found.found.values() for keys in one.examples), "three ids, three prompts"
     for pair in Pairs().rows:
         for visit in range(20):
             row = found.row(pair, visit)
             if not row.any():
                 continue
             user = found.found[pair.user or ""]
-            shown = [ids for ids, e in zip(user.examples, user.embeddings, strict=True) if torch.equal(e, row)]
-            assert any(pair.id not in ids for ids in shown)
+            shown = [keys for keys, e in zip(user.examples, user.embeddings, strict=True) if torch.equal(e, row)]
+            assert any(pair.id not in keys for keys in shown)
     liked = torch.cat([one.embeddings for one in found.found.values()])
     assert ((liked[:, 1] - 0.9).abs().minimum((liked[:, 1] - 0.1).abs()) < 1e-5).all()
     assert torch.allclose(liked[:, 1] + liked[:, 2], torch.zeros(8), atol=1e-5), "the preferred image is the liked one"
 
 
 def test_rows_depend_on_seed_pair_and_visit_alone() -> None:
-    one, other = described(dropout=0.4), described(dropout=0.4)
+    one, other = make_users(dropout=0.4), make_users(dropout=0.4)
     pair = Pairs().rows[0]
     rows = [one.row(pair, visit) for visit in range(50)]
     assert all(torch.equal(row, other.row(pair, visit)) for visit, row in enumerate(rows))
     share = sum(not row.any() for row in rows) / 50
     assert 0.2 < share < 0.6
-    assert all(described(dropout=0.0).row(pair, visit).any() for visit in range(20))
-    assert not described().row(Pairs().rows[13], 0).any(), "a user with too few pairs is nobody"
+    assert all(make_users(dropout=0.0).row(pair, visit).any() for visit in range(20))
+    assert not make_users().row(Pairs().rows[13], 0).any(), "a user with too few pairs is nobody"
 
 
 def test_users_are_kept_out_by_id_or_by_share() -> None:
-    found = described(held_out=("b",))
+    found = make_users(held_out=("b",))
     assert [one.unseen for one in found.found.values()] == [False, True]
-    pairs = [(pair.id, pair.user) for pair in Pairs().rows]
-    trained = found.trained(pairs)
-    assert all(user == "a" for (_, user), kept in zip(pairs, trained, strict=True) if kept)
+    owners = Pairs().owners
+    trained = found.trained(owners)
+    assert any(trained)
+    assert all(owner.user == "a" for owner, kept in zip(owners, trained, strict=True) if kept)
     names = [str(i) for i in range(2000)]
     assert 0.25 < sum(users.held_out(name, 0.3) for name in names) / 2000 < 0.35
     assert not any(users.held_out(name, 0.0) for name in names)
     with pytest.raises(DataError, match="none of 3 users has 9 pairs"):
-        described(min_pairs=9)
+        make_users(min_pairs=9)
+    with pytest.raises(DataError, match=r"users\.held_out: nobody named"):
+        make_users(held_out=("nobody",))
+
+
+def test_pairs_of_one_prompt_may_show_one_image() -> None:
+    """In a session the winner stays on the screen: another pair of the prompt would be known by its image."""
+    found = make_users(draws=1)
+    pair = Pairs().rows[0]
+    (keys,) = found.found["a"].examples
+    free = next(row for row in Pairs().rows if row.user == "a" and row.id not in keys)
+    assert found.of(free).any()
+    shown = next(row for row in Pairs().rows if row.user == "a" and row.id in keys)
+    assert not found.of(replace(free, prompt=shown.prompt.upper())).any()
+    assert not found.of(shown).any()
+    assert pair.user == "a"
 
 
 def test_files_do_not_name_users(tmp_path: Path) -> None:
-    found = described()
+    found = make_users()
     found.write(tmp_path / users.USERS_FILE)
     again = users.read_users(tmp_path)
     assert set(again) == {users.hashed("a"), users.hashed("b")}
@@ -253,6 +352,41 @@ def test_files_do_not_name_users(tmp_path: Path) -> None:
     assert not {"a", "b"} & set(again)
     with pytest.raises(CheckpointError, match="no such file"):
         users.read_users(tmp_path / "nowhere")
+
+
+def test_users_are_described_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Any) -> None:
+    made: list[int] = []
+
+    def encoder(config: UsersConfig, device: Any) -> Counting:
+        made.append(1)
+        return Counting()
+
+    class Decoder:
+        device = torch.device("cpu")
+
+        def load(self, *parts: str) -> None: ...
+
+        def decode_latents(self, latents: Tensor) -> Tensor:
+            return latents.expand(-1, 3, -1, -1)
+
+    monkeypatch.setattr(users, "make_encoder", encoder)
+    data, config = Pairs(), UsersConfig(encoder="world_clip", examples=3, min_pairs=5, held_out=("b",))
+
+    run = tiny_config(tmp_path / "run", users=config.__dict__, lora={"rank": 0})
+
+    def described(**changes: Any) -> users.Users:
+        own = replace(run, users=replace(run.users, **changes))
+        return users.described(data, range(len(data)), own, Decoder(), tmp_path / "users")  # type: ignore[arg-type]
+
+    first, again = described(), described()
+    assert made == [1]
+    assert first.found.keys() == again.found.keys()
+    for name, one in first.found.items():
+        other = again.found[name]
+        assert torch.equal(one.embeddings, other.embeddings)
+        assert (one.examples, one.unseen) == (other.examples, other.unseen)
+    described(draws=2)
+    assert made == [1, 1], "other settings make others"
 
 
 def test_somebody_between_two_users() -> None:
@@ -351,7 +485,7 @@ def test_a_run_trains_the_branch_alone(personal: Any) -> None:
     folder = made.run_dir
     assert not (folder / "pytorch_lora_weights.safetensors").exists()
     tensors = last(folder)
-    assert all(name.startswith("user_attention.") for name in tensors)
+    assert all(name.startswith("user_branch.") for name in tensors)
     assert any(value.abs().max() > 0 for name, value in tensors.items() if "to_v" in name)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
@@ -364,8 +498,29 @@ def test_a_run_trains_the_branch_alone(personal: Any) -> None:
     assert set(users.read_users(folder)) == {users.hashed(name) for name in ("ann", "bob", "eve")}
     assert "ann" not in (folder / "metrics.jsonl").read_text()
     card = (folder / "README.md").read_text()
-    assert "user_attention.load(pipe.unet" in card
+    assert "user_branches.load(pipe.unet" in card
     compile(card.partition("```python\n")[2].partition("```")[0], "snippet", "exec")
+
+
+def test_a_run_of_gates_leaves_both_files(personal: Any) -> None:
+    steps = {"max_train_steps": 40, "train_batch_size": 6, "learning_rate": 3e-3}
+    looks = {"prompts": ["a red circle"], "num_prompts": 1, "held_out_fraction": 0.3}
+    more = {"through": "gates", "dropout": 0.0, "tokens": 8, "token_size": 256}
+    config = personal("run", users=more, lora={"rank": 4, "targets": "all"}, evaluation=looks, training=steps)
+    folder = train(config).run_dir
+    result = json.loads((folder / "result.json").read_text())["users"]
+    assert result["seen"]["own"]["accuracy"] > result["seen"]["other"]["accuracy"] + 0.3
+    assert any(key.startswith("user_branch.") for key in last(folder))
+    tensors = export.read_file(folder / export.FILE_NAME, tensors=True)[0]
+    assert not any("user_branch" in key for key in tensors), "the LoRA's file is one that everybody can read"
+
+    family: Any = load_family(config.model)
+    family.load(NETWORK)
+    branch = user_branches.load(family.network, folder)
+    assert isinstance(branch, UserGates)
+    assert torch.equal(branch.gates[0].weight, last(folder)["user_branch.gates.0.weight"])
+    with pytest.raises(ConfigError, match="already"):
+        UserGates(family.network, width=branch.width)
 
 
 def last(folder: Path) -> dict[str, Tensor]:
@@ -403,7 +558,9 @@ def test_prompts_of_a_grid_are_of_users(personal: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": {"rank": 4}}, "set it to 0"),
+        ({"lora": {"rank": 4}}, "set it to 0, or users.through to gates"),
+        ({"users": {"through": "gates", "tokens": 8, "token_size": 256}}, "lora.rank is 0"),
+        ({"users": {"through": "gates"}, "lora": {"rank": 4}}, "gates have no tokens"),
         ({"users": {"encoder": "nothing"}}, "expected one of world_clip"),
         ({"users": {"encoder": None}, "lora": {"rank": 2}}, "set users.encoder"),
         ({"users": {"layers": [3]}}, "only 'vlm' encoders"),

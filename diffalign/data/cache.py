@@ -33,6 +33,7 @@ from torch import Tensor
 from diffalign.config import RunConfig
 from diffalign.data.encode import (
     EncodedPair,
+    Owner,
     Prepared,
     PreparedPair,
     Preparer,
@@ -374,6 +375,12 @@ class LatentCache:
     def extras(self) -> list[dict[str, Any]]:
         """What every pair has beyond its label, in order; maps are not read, but named."""
         return _extras(self._table)
+
+    @property
+    def owners(self) -> list[Owner]:
+        """Whose every pair is, in order; no image is read."""
+        columns = (self._table.column(name).to_pylist() for name in ("id", "user", "p", "prompt"))
+        return [Owner(*row) for row in zip(*columns, strict=True)]
 
     @property
     def target_sizes(self) -> list[tuple[int, int]]:

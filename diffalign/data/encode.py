@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -242,6 +242,26 @@ def is_pair(record: Record) -> bool:
     return len(record.images) == 2 and record.p is not None
 
 
+class Owner(NamedTuple):
+    """Whose pair it is: what is known of it without its images.
+
+    Attributes:
+        id: of the record.
+        user: the annotator's id, where known.
+        p: probability that the first image is preferred.
+        prompt: text.
+    """
+
+    id: str
+    user: str | None
+    p: float
+    prompt: str
+
+    def keys(self) -> frozenset[str]:
+        """What it has in common with pairs that may show the same image: itself, and its prompt."""
+        return frozenset({self.id, f"prompt: {' '.join(self.prompt.lower().split())}"})
+
+
 class LivePairs:
     """Pairs encoded whenever they are asked for: the uncached path, for sets that fit into memory as encoded files.
 
@@ -286,6 +306,10 @@ class LivePairs:
     @property
     def extras(self) -> list[dict[str, Any]]:
         return [record.extra for record in self.records]
+
+    @property
+    def owners(self) -> list[Owner]:
+        return [Owner(r.id, r.user, 0.5 if r.p is None else r.p, r.prompt) for r in self.records]
 
     @property
     def target_sizes(self) -> list[tuple[int, int]]:

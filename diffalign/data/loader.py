@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffalign.config import DenoisingConfig
 from diffalign.data.batch import PairBatch, PairExample, collate
-from diffalign.data.encode import EncodedPair
+from diffalign.data.encode import EncodedPair, Owner
 from diffalign.data.facts import ASPECT, MAPS, PROMPTS, REWARDS
 from diffalign.errors import DataError
 from diffalign.families import Conditioning, DenoisingFamily
@@ -33,6 +33,9 @@ class PairData(Protocol):
 
     @property
     def target_sizes(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def owners(self) -> list[Owner]: ...
 
     @property
     def extras(self) -> list[dict[str, Any]]: ...
@@ -81,6 +84,10 @@ class TokenizedPairs:
     @property
     def target_sizes(self) -> list[tuple[int, int]]:
         return self.data.target_sizes
+
+    @property
+    def owners(self) -> list[Owner]:
+        return self.data.owners
 
     @property
     def extras(self) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from diffalign.data.pipeline import split_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import DataError
-from diffalign.families import DECODER, NETWORK, TEXT, Conditioning, DenoisingFamily
+from diffalign.families import NETWORK, TEXT, Conditioning, DenoisingFamily
 from diffalign.hardware import configure_network
 from diffalign.jobs import Job, weight_metric
 from diffalign.losses import EXO, Layout, LossOut
@@ -34,8 +34,8 @@ from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
 from diffalign.sampling.rules import flipped_pairs, has_lagged, kind_of, noise_of, reward_sign, samples_images
 from diffalign.summary import objective_summary
 from diffalign.text_encoders import attach, trains_text
-from diffalign.user_attention import UserAttention
-from diffalign.users import USERS_FILE, Users, by_user, describe, kept_out, make_encoder
+from diffalign.user_branches import UserAttention, UserBranch, UserGates
+from diffalign.users import USERS_FILE, Users, by_user, check_encoder, described, kept_out
 from diffalign.watch import Watch
 
 
@@ -67,6 +67,8 @@ class ImageJob(Job):
     def _prepare_pairs(self) -> list[str]:
         """Read and encode the data's pairs; returns the distinct prompts that are trained on."""
         config, training = self.config, self.config.training
+        if config.users.encoder is not None:
+            check_encoder(config.users)  # before hours of encoding
         prepared = prepare(config, self.family, self.accelerator)
         if self.accelerator.is_main_process:
             prepared.report.write(self.run_dir / REPORT)
@@ -97,26 +99,23 @@ class ImageJob(Job):
         )
         self.elements = dataset.example(self.kept[0], 0).noise.numel()
         self.data, self.dataset = data, dataset
-        return list(dict.fromkeys(data.prompts[i] for i in self.kept))
+        prompts = data.prompts  # of all pairs, read once
+        return list(dict.fromkeys(prompts[i] for i in self.kept))
 
     def _describe_users(self, data: PairData) -> None:
         """Embed the users, and sort pairs into those that are trained on and those that are not."""
-        config = self.config
-        self.family.load(DECODER)
-        encoder = make_encoder(config.users, self.accelerator.device)
-        pairs = [data.pair(index) for index in range(len(data))]
+        config, owners = self.config, data.owners
         held_out = set(self.kept_out)
         # Pairs on which seen users are measured do not describe them.
-        shown = [i for i, pair in enumerate(pairs) if i not in held_out or kept_out(pair.user, config.users)]
-        self.users = describe(data, shown, config.users, config.seed, encoder, self.family.decode_latents)
-        trained = self.users.trained([(pair.id, pair.user) for pair in pairs])
-        examples = {pair for user in self.users.found.values() for ids in user.examples for pair in ids}
+        shown = [i for i, owner in enumerate(owners) if i not in held_out or kept_out(owner.user, config.users)]
+        with self.accelerator.main_process_first():  # the others read what the first has written
+            self.users = described(data, shown, config, self.family, self.run_dir / USERS_FILE)
+        trained = self.users.trained(owners)
         unseen = {user for user, one in self.users.found.items() if one.unseen}
+        seen = self.users.found.keys() - unseen
         self.kept = [index for index in self.kept if trained[index]]
-        self.unseen = [i for i, pair in enumerate(pairs) if pair.user in unseen and pair.id not in examples]
-        self.kept_out = [
-            i for i in sorted(held_out) if pairs[i].user in self.users.found and pairs[i].user not in unseen
-        ]
+        self.unseen = [i for i, owner in enumerate(owners) if owner.user in unseen and self.users.free(owner)]
+        self.kept_out = [i for i in sorted(held_out) if owners[i].user in seen]
         if not self.kept:
             raise DataError("users: no pair of a user who may be trained on is left; lower users.held_out_fraction")
 
@@ -150,7 +149,8 @@ class ImageJob(Job):
         if self.data is None:
             digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
             return {"effective_batch": self.effective_batch, "prompts": digest, "count": self.count}
-        prompts = "\n".join(self.data.prompts[i] for i in self.kept)
+        texts = self.data.prompts
+        prompts = "\n".join(texts[i] for i in self.kept)
         return {
             "effective_batch": self.effective_batch,
             "micro_batch": self.config.training.train_batch_size if len(self.plan.groups) > 1 else None,
@@ -172,9 +172,14 @@ class ImageJob(Job):
     def attach(self, network: nn.Module) -> list[nn.Parameter]:
         if self.users is None:
             return attach(network, self.config.lora, seed=self.config.seed)
-        network.requires_grad_(False)
-        config = self.config.users
-        branch = UserAttention(network, self.users.width, config.tokens, config.token_size, self.config.seed)
+        config, width = self.config.users, self.users.width
+        branch: UserBranch
+        if config.through == "gates":
+            attach(network, self.config.lora, seed=self.config.seed)
+            branch = UserGates(network, width)
+        else:
+            network.requires_grad_(False)
+            branch = UserAttention(network, width, config.tokens, config.token_size, self.config.seed)
         adapters.train_whole(network, [f"{adapters.USERS}.{name}" for name, _ in branch.named_parameters()])
         return adapters.parameters(network)
 
@@ -303,10 +308,15 @@ class ImageJob(Job):
         if self.watching is not None and (best := self.watching.restore(self.policy.bare)) is not None:
             facts = facts | {"best_step": best}
         facts = facts | {"image_forwards": self.forwards_before + self.policy.forwards * self.accelerator.num_processes}
-        if self.users is not None and self.dataset is not None:
-            self.users.write(self.run_dir / USERS_FILE)
-            facts = facts | {"users": by_user(self.policy, self.dataset, self.users, self.kept_out, self.unseen)}
-        return self.outputs.finish(self.policy, self.dataset, self.kept_out, step=step, facts=facts)
+        return self.outputs.finish(
+            self.policy, self.dataset, self.kept_out, step=step, facts=facts, more=self._users_result
+        )
+
+    def _users_result(self) -> dict[str, Any]:
+        """How pairs of users are ranked that were not trained on."""
+        if self.users is None or self.dataset is None:
+            return {}
+        return {"users": by_user(self.policy, self.dataset, self.users, self.kept_out, self.unseen)}
 
     def state_dict(self) -> dict[str, Any]:
         forwards = self.forwards_before + self.policy.forwards * self.accelerator.num_processes

@@ -231,6 +231,7 @@ class Objective(ABC):
             under the policy that sampled them. "whole_trajectories": all samples of a prompt, one row each with all its
             steps as units. "differentiable": images that are sampled with gradient, see `diffusion.walks`.
         sampling: what it asks of images that are sampled for it.
+        takes_sides: whether it matters which image of a pair is the chosen one.
     """
 
     name: ClassVar[str]
@@ -248,6 +249,7 @@ class Objective(ABC):
     noising: ClassVar[Literal["forward", "ddim_inversion", "renoise_inversion"]] = "forward"
     source: ClassVar[Source] = "data"
     sampling: ClassVar[Sampling] = Sampling()
+    takes_sides: ClassVar[bool] = True
 
     def check(self, kind: Kind) -> None:
         """Refuse a kind of score on which this objective, with these settings, means nothing.

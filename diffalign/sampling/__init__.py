@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign import user_attention
+from diffalign import user_branches
 from diffalign.adapters import adapters_off, is_adapted
 from diffalign.config import SamplingConfig
 from diffalign.families import DECODER, ENCODERS, Around, Conditioning, DenoisingFamily
@@ -116,7 +116,7 @@ class Sampler:
 
     def _users(self, rows: Sequence[int]) -> AbstractContextManager[object]:
         """The users of prompts, where there are any."""
-        branch = user_attention.of(self.family.network)
+        branch = user_branches.of(self.family.network)
         if branch is None:
             return nullcontext()
         return branch.given(None if self.users is None else self.users[list(rows)])

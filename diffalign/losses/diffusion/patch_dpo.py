@@ -58,6 +58,7 @@ class PatchDPO(Objective):
     normalise: bool = False
 
     name: ClassVar[str] = "patch_dpo"
+    takes_sides: ClassVar[bool] = False
     title: ClassVar[str] = "PatchDPO"
     paper: ClassVar[str] = "2412.03177"
     composition: ClassVar[str] = "squared residual times a weight per location -> mean"

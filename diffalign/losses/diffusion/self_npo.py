@@ -30,7 +30,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from diffalign.losses.base import AnyLayout, LossOut, Needs, Objective, Source, detached, needs
+from diffalign.losses.base import AnyLayout, LossOut, Needs, Objective, Sampling, Source, detached, needs
 from diffalign.losses.diffusion._common import one_of, positive
 from diffalign.losses.layouts import Layout
 from diffalign.losses.scores import Cap, Scores
@@ -63,6 +63,7 @@ class SelfNPO(Objective):
     parity: ClassVar[str] = "G-U-N/Diffusion-NPO Self-NPO/train.py (formula)"
     instead: ClassVar[str] = "it is made for the negative branch of a denoising model's guidance"
     source: ClassVar[Source] = "truncated"
+    sampling: ClassVar[Sampling] = Sampling(policy="reference")
 
     def __post_init__(self) -> None:
         one_of(self, "start", ("noise", "data"))

@@ -1,4 +1,4 @@
-"""Decoupled cross-attention to a user: what makes one network draw for many tastes (PPD).
+"""What makes one network draw for many tastes: attentions to a user (PPD), or a LoRA that users weigh.
 
 Paper: "Personalized Preference Fine-tuning of Diffusion Models", arXiv 2501.06655 (CVPR 2025). No code is public and the
 paper was read second-hand. In every attention between image and text a second attention with the same queries looks at
@@ -11,7 +11,7 @@ untouched network is its base to the bit, and the loss starts at log 2. A user o
 
 UNVERIFIED: the number of tokens, their normalisation, and in which branches of guidance users act; here in both.
 
-The branch is a module of the network, `user_attention`, that adds to what the attentions return: UNets and transformers with
+The branch is a module of the network, `user_branch`, that adds to what the attentions return: UNets and transformers with
 attention to text (PixArt, Sana, Wan), and joint attention of image and text (SD3, FLUX, Qwen-Image, CogVideoX), where the
 image's queries alone look at the user. Rotary positions are left out: users have no place.
 
@@ -21,16 +21,17 @@ Shapes: B rows, d width of an embedding, T tokens, L image tokens, H heads.
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffalign.adapters import USERS
+from diffalign.adapters import DEFAULT, USERS, lora_layers
 from diffalign.errors import CheckpointError, ConfigError
 
 NAME = USERS
@@ -38,51 +39,35 @@ FILE_NAME = "user_adapter.safetensors"
 HEADER = "diffalign.users"
 
 
-class UserAttention(nn.Module):
-    """The user's branch of all attentions of a network.
+class UserBranch(nn.Module):
+    """What lets a network see users: the part that all kinds have in common.
 
     Args:
-        network: whose attentions get the branch; it is frozen by whoever trains.
         width: d, of an embedding.
-        tokens: T.
-        size: of a token.
-        seed: of the initialisation.
 
     Attributes:
+        kind: for files.
         user: embeddings of the rows that come next, (B, d), or None. A batch with k times as many rows holds the rows k
             times over, as guidance does it.
         off: nothing is added.
-        strength: multiplies what is added; 1 is as trained.
-
-    Raises:
-        ConfigError: the network has no attention that could carry it, or carries one already.
+        strength: multiplies what users change; 1 is as trained.
     """
 
-    def __init__(self, network: nn.Module, width: int, tokens: int = 8, size: int = 256, seed: int = 0) -> None:
+    kind: ClassVar[str]
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        if hasattr(network, NAME):
-            raise ConfigError("the network has a branch for users already")
-        found = attentions(network)
-        self.width, self.count, self.size = width, tokens, size
-        self.paths = tuple(found)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.project = nn.Linear(width, tokens * size, bias=False)
-            self.norm = nn.LayerNorm(size, bias=False)  # a bias would make tokens of nobody
-            inner = [int(getattr(module, "inner_dim", None) or module.to_q.out_features) for module in found.values()]
-            self.to_k = nn.ModuleList(nn.Linear(size, n, bias=False) for n in inner)
-            self.to_v = nn.ModuleList(nn.Linear(size, n, bias=False) for n in inner)
-        for layer in self.to_v:
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        self.width = width
         self.user: Tensor | None = None
         self.off, self.strength = False, 1.0
-        first = next(network.parameters())
-        self.to(first.device)
+        self._hooks: list[Any] = []
+
+    def _join(self, network: nn.Module) -> None:
+        """Become a module of the network."""
+        if hasattr(network, NAME):
+            raise ConfigError("the network has a branch for users already")
+        self.to(next(network.parameters()).device)
         network.add_module(NAME, self)
-        self._hooks = [
-            module.register_forward_hook(self._hook(number), with_kwargs=True)
-            for number, module in enumerate(found.values())
-        ]
 
     def remove(self, network: nn.Module) -> None:
         """Take the branch off again."""
@@ -91,12 +76,12 @@ class UserAttention(nn.Module):
         del network._modules[NAME]
 
     @contextmanager
-    def given(self, user: Tensor | None, strength: float = 1.0) -> Iterator[UserAttention]:
+    def given(self, user: Tensor | None, strength: float = 1.0) -> Iterator[UserBranch]:
         """Within, these users act; backward passes through checkpointed blocks have to happen within, too.
 
         Args:
             user: (B, d), or (d,) for all rows; None: nobody.
-            strength: of what is added.
+            strength: of what users change.
 
         Raises:
             ConfigError: embeddings of another width.
@@ -113,10 +98,57 @@ class UserAttention(nn.Module):
         """Let users act from now on; see `given`."""
         if user is not None and user.shape[-1] != self.width:
             raise ConfigError(f"got embeddings of width {user.shape[-1]}; this network was trained for {self.width}")
-        self.user = None if user is None else user.reshape(-1, self.width).to(self.project.weight)
+        self.user = None if user is None else user.reshape(-1, self.width).to(next(self.parameters()))
+
+    def _rows(self, rows: int, where: str) -> Tensor:
+        """The users of a batch, (rows, d)."""
+        assert self.user is not None, "asked where somebody is given"
+        if rows % len(self.user):
+            raise RuntimeError(f"{where}: {rows} rows for {len(self.user)} users; expected a multiple")
+        return self.user.repeat(rows // len(self.user), 1)
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What makes the same module, as JSON."""
+
+
+class UserAttention(UserBranch):
+    """A second attention, to tokens of the user, beside every attention between image and text (PPD).
+
+    Args:
+        network: whose attentions get the branch; it is frozen by whoever trains.
+        width: d, of an embedding.
+        tokens: T.
+        size: of a token.
+        seed: of the initialisation.
+
+    Raises:
+        ConfigError: the network has no attention that could carry it, or carries a branch already.
+    """
+
+    kind = "attention"
+
+    def __init__(self, network: nn.Module, width: int, tokens: int = 8, size: int = 256, seed: int = 0) -> None:
+        super().__init__(width)
+        found = attentions(network)
+        self.count, self.size = tokens, size
+        self.paths = tuple(found)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.project = nn.Linear(width, tokens * size, bias=False)
+            self.norm = nn.LayerNorm(size, bias=False)  # a bias would make tokens of nobody
+            inner = [int(getattr(module, "inner_dim", None) or module.to_q.out_features) for module in found.values()]
+            self.to_k = nn.ModuleList(nn.Linear(size, n, bias=False) for n in inner)
+            self.to_v = nn.ModuleList(nn.Linear(size, n, bias=False) for n in inner)
+        for layer in self.to_v:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        self._join(network)
+        self._hooks = [
+            module.register_forward_hook(self._hook(number), with_kwargs=True)
+            for number, module in enumerate(found.values())
+        ]
 
     def settings(self) -> dict[str, Any]:
-        """What makes the same module."""
         return {"width": self.width, "tokens": self.count, "size": self.size, "paths": list(self.paths)}
 
     def _hook(self, number: int) -> Any:
@@ -133,11 +165,8 @@ class UserAttention(nn.Module):
 
     def _added(self, number: int, module: Any, hidden: Tensor) -> Tensor:
         """What the user adds to an attention's output, (B, L, C)."""
-        assert self.user is not None
         rows = len(hidden)
-        if rows % len(self.user):
-            raise RuntimeError(f"{self.paths[number]}: {rows} rows for {len(self.user)} users; expected a multiple")
-        user = self.user.repeat(rows // len(self.user), 1)
+        user = self._rows(rows, self.paths[number])
         tokens = self.norm(self.project(user).view(rows, self.count, self.size))
         heads = int(module.heads)
         query = _split(_normed(module, module.to_q(hidden)), heads)
@@ -153,6 +182,58 @@ class UserAttention(nn.Module):
         return out if bias is None else out - bias
 
 
+class UserGates(UserBranch):
+    """A LoRA whose ranks weigh more or less by user: B diag(1 + G u) A in every layer.
+
+    One adapter is everybody's, and users turn its ranks up and down. It reaches every layer that the LoRA has, which
+    attentions to users do not. G starts at zero; nobody has the plain LoRA. There is no paper that we could name for it; it
+    is what people ask for as a LoRA with weights by user.
+
+    Args:
+        network: with a LoRA.
+        width: d, of an embedding.
+        adapter: name of the LoRA.
+
+    Raises:
+        ConfigError: no such adapter, or the network carries a branch already.
+    """
+
+    kind = "gates"
+
+    def __init__(self, network: nn.Module, width: int, adapter: str = DEFAULT) -> None:
+        super().__init__(width)
+        found: dict[str, Any] = dict(lora_layers(network, adapter))
+        if not found:
+            raise ConfigError(f"no adapter {adapter!r} whose ranks users could weigh; attach a LoRA first")
+        self.paths, self.ranks = tuple(found), tuple(int(layer.r[adapter]) for layer in found.values())
+        self.gates = nn.ModuleList(nn.Linear(width, rank, bias=False) for rank in self.ranks)
+        for layer in self.gates:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        self._join(network)
+        self._hooks = [
+            layer.lora_A[adapter].register_forward_hook(self._hook(number))
+            for number, layer in enumerate(found.values())
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": self.width, "paths": list(self.paths), "ranks": list(self.ranks)}
+
+    def _hook(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if self.off or self.user is None:
+                return output
+            user = self._rows(len(output), self.paths[number])
+            # By direction: embeddings of several encoders have other sizes; nobody's, zeros, stays zeros.
+            user = functional.normalize(user, dim=-1) * self.width**0.5
+            gate = 1 + self.strength * self.gates[number](user)
+            sides = (1,) * (output.ndim - 2)
+            convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            shape = (*gate.shape, *sides) if convolution else (len(gate), *sides, gate.shape[1])
+            return output * gate.view(shape).to(output.dtype)
+
+        return hook
+
+
 def attentions(network: nn.Module) -> dict[str, Any]:
     """Attentions in which the image looks at text, by path.
 
@@ -163,7 +244,7 @@ def attentions(network: nn.Module) -> dict[str, Any]:
     every = {path: m for path, m in every.items() if isinstance(m.to_out, nn.ModuleList)}
     cross = {path: m for path, m in every.items() if path.endswith("attn2")}
     joint = {path: m for path, m in every.items() if getattr(m, "add_k_proj", None) is not None}
-    found = cross or joint or every
+    found = joint or cross or every  # SD3.5 medium has an attn2, too, in which the image looks at itself
     if not found:
         raise ConfigError(f"{type(network).__name__} has no attention that a user could be added to")
     return found
@@ -185,13 +266,13 @@ def _normed(module: Any, query: Tensor) -> Tensor:
     return norm(query) if norm is not None and _norm_width(norm) == query.shape[-1] else query  # type: ignore[no-any-return]
 
 
-def of(network: nn.Module) -> UserAttention | None:
+def of(network: nn.Module) -> UserBranch | None:
     """The user's branch of a network, if it has one."""
     found = getattr(network, NAME, None)
-    return found if isinstance(found, UserAttention) else None
+    return found if isinstance(found, UserBranch) else None
 
 
-def save(branch: UserAttention, path: Path, metadata: Mapping[str, str]) -> None:
+def save(branch: UserBranch, path: Path, metadata: Mapping[str, str]) -> None:
     """Write the branch as a safetensors file.
 
     Args:
@@ -202,14 +283,14 @@ def save(branch: UserAttention, path: Path, metadata: Mapping[str, str]) -> None
     from diffalign.export import write_file
 
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in branch.state_dict().items()}
-    header = {HEADER: json.dumps(branch.settings()), "diffalign.role": "user"}
+    header = {HEADER: json.dumps({"kind": branch.kind} | branch.settings()), "diffalign.role": "user"}
     write_file(
         path, tensors, {"format": "pt"} | header | {f"diffalign.{key}": value for key, value in metadata.items()}
     )
 
 
-def load(network: nn.Module, path: str | Path) -> UserAttention:
-    """Put the branch of a file onto a network.
+def load(network: nn.Module, path: str | Path) -> UserBranch:
+    """Put the branch of a file onto a network; of gates, the LoRA of the same folder first.
 
     Args:
         network: of the base that it was trained on.
@@ -218,7 +299,7 @@ def load(network: nn.Module, path: str | Path) -> UserAttention:
     Raises:
         CheckpointError: no such file, or another network's.
     """
-    from diffalign.export import read_file
+    from diffalign.export import load_lora, read_file
 
     file = Path(path)
     file = file / FILE_NAME if file.is_dir() else file
@@ -228,9 +309,17 @@ def load(network: nn.Module, path: str | Path) -> UserAttention:
     if HEADER not in metadata:
         raise CheckpointError(f"{file}: no adapter for users; LoRA files are loaded by pipe.load_lora_weights")
     settings = json.loads(metadata[HEADER])
-    if list(attentions(network)) != settings["paths"]:
-        raise CheckpointError(f"{file}: made for a network with other attentions; load it into its own base")
-    branch = UserAttention(network, settings["width"], settings["tokens"], settings["size"])
+    branch: UserBranch
+    if settings["kind"] == "gates":
+        load_lora(network, file.parent, family=metadata["diffalign.family"])
+        branch = UserGates(network, settings["width"])
+        same = isinstance(branch, UserGates) and list(branch.paths) == settings["paths"]
+    else:
+        same = list(attentions(network)) == settings["paths"]
+        if same:
+            branch = UserAttention(network, settings["width"], settings["tokens"], settings["size"])
+    if not same:
+        raise CheckpointError(f"{file}: made for a network with other layers; load it into its own base")
     try:
         branch.load_state_dict(tensors)
     except RuntimeError as error:
