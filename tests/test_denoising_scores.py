@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffalign import losses
-from diffalign.config import DenoisingConfig
+from diffalign.config import DenoisingConfig, NegativeConfig
 from diffalign.data.batch import PairBatch
 from diffalign.losses import Needs
 from diffalign.losses.base import needs
@@ -130,14 +130,14 @@ def test_objectives_on_items_see_both_sides_with_their_labels():
     ("beta", "elements", "wanted"), [(5000.0, 4 * 128 * 128, 0.0381), (2000.0, 4 * 64 * 64, 0.0610)]
 )
 def test_beta_on_the_summed_error_is_the_known_one(beta, elements, wanted):
-    config = SimpleNamespace(objective=losses.DPO(beta=beta), denoising=DenoisingConfig())
+    config = SimpleNamespace(objective=losses.DPO(beta=beta), denoising=DenoisingConfig(), negative=NegativeConfig())
     summary = objective_summary(config, elements=elements)
     assert summary["beta_on_summed_error"] == pytest.approx(wanted, rel=2e-3)
     assert summary["beta_without_half"] == beta / 2
 
 
 def test_the_default_beta_is_the_published_one():
-    config = SimpleNamespace(objective=losses.DPO(), denoising=DenoisingConfig())
+    config = SimpleNamespace(objective=losses.DPO(), denoising=DenoisingConfig(), negative=NegativeConfig())
     assert objective_summary(config)["beta"] == 5000
     assert losses.DPO().initial_loss() == pytest.approx(math.log(2))
 

@@ -44,6 +44,7 @@ class ImageJob(Job):
 
     unit = "pairs"
     family: DenoisingFamily
+    users: Users | None = None  # where they are trained on
 
     def prepare(self) -> None:
         config = self.config
@@ -54,7 +55,6 @@ class ImageJob(Job):
         self.dataset: PairMicroBatches | None = None
         self.kept: list[int] = []
         self.kept_out: list[int] = []
-        self.users: Users | None = None
         self.unseen: list[int] = []  # pairs of users who are kept out
         prompts = load_prompts(config.rollout.prompts, config.rollout.num_prompts) if config.rollout.prompts else []
         own = bool(prompts)

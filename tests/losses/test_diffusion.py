@@ -247,7 +247,7 @@ def test_where_rows_come_from_and_how_they_are_noised():
 def test_what_they_ask_of_sampled_images():
     asked = {cls.name: cls.sampling for cls in MINE}
     assert {name for name, s in asked.items() if s.policy == "lagged"} == {"diffusion_nft", "crd"}
-    assert {name for name, s in asked.items() if s.policy == "reference"} == {"seppo"}
+    assert {name for name, s in asked.items() if s.policy == "reference"} == {"seppo", "self_npo"}
     assert {name for name, s in asked.items() if not s.shared_start} == {"pso", "prdp"}
     assert {name for name, s in asked.items() if s.pairing == "dominance"} == {"d3po"}
     assert {name for name, s in asked.items() if s.win_rates} == {"capo"}
