@@ -3,7 +3,7 @@
     diffalign train demo_ppd output_dir=runs/ppd-0 seed=0
     diffalign train demo_ppd output_dir=runs/shared-0 seed=0 'users={}' lora.rank=16 training.learning_rate=2e-4
     python scripts/benchmark_users.py --personal runs/ppd-0 runs/ppd-1 --shared runs/shared-0 runs/shared-1 \\
-        --out docs/benchmarks/users.json --write docs/benchmarks/users.md
+        --out runs/users.json --write docs/benchmarks/users.md
 
 The k-th personal run goes with the k-th shared one; both draw the same held-out captions from the same noise. Every person
 judges by `world_taste:NAME`, (verifier + taste) / 2. Win rates count ties one half; intervals are bootstraps over captions,

@@ -1,7 +1,7 @@
 """Sweep guidance scale, alpha and beta of negative adapters, over several runs, and draw what they gain.
 
     python scripts/sweep_guidance.py --negative runs/npo-0 runs/npo-1 --positive runs/dpo-0 runs/dpo-1 \\
-        --out docs/benchmarks/negative.json --figure docs/images/negative_guidance.png --write docs/benchmarks/negative.md
+        --out runs/negative.json --figure docs/images/negative_guidance.png --write docs/benchmarks/negative.md
 
 Runs are run folders on one base; the k-th positive one goes with the k-th negative one. Every point is compared at the
 same guidance scale, prompts and noise: the base with the negative adapter against the base, or both adapters against the
