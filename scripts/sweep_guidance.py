@@ -104,12 +104,16 @@ def draw(found: dict[Point, dict[str, Any]], args: argparse.Namespace, names: li
         ("beta", 3, lambda p: p[1] == args.scale and p[2] == 1),
         ("alpha (beta 1)", 2, lambda p: p[1] == args.scale and p[3] == 1),
     ]
-    figure, axes = plt.subplots(len(names), 3, figsize=(10, 2.9 * len(names)), squeeze=False, sharey="row")
+    panels = [
+        panel for panel in panels if len([p for p in found if panel[2](p)]) > 1 and (args.positive or panel[1] != 2)
+    ]
+    width = len(panels)
+    figure, axes = plt.subplots(len(names), width, figsize=(3.4 * width, 2.9 * len(names)), squeeze=False, sharey="row")
     for row, reward in enumerate(names):
         for axis, (title, place, wanted) in zip(axes[row], panels):
             for against, colour in (("base", "#2f6db3"), ("positive", "#c4602a")):
                 chosen = sorted((p for p in found if p[0] == against and wanted(p)), key=lambda p: p[place])
-                if against == "base" and place == 2:
+                if not chosen or (against == "base" and place == 2):
                     continue
                 estimates = [gains(found[p], reward) for p in chosen]
                 x = [p[place] for p in chosen]
