@@ -1,7 +1,7 @@
 """What a network that sees users (PPD) makes of the tiny world's people, against one trained on all of them together.
 
     diffalign train demo_ppd output_dir=runs/ppd-0 seed=0
-    diffalign train demo_ppd output_dir=runs/shared-0 seed=0 'users={}' lora.rank=16 training.learning_rate=2e-4
+    diffalign train demo_ppd output_dir=runs/shared-0 seed=0 'users={}'
     python scripts/benchmark_users.py --personal runs/ppd-0 runs/ppd-1 --shared runs/shared-0 runs/shared-1 \\
         --out runs/users.json --write docs/benchmarks/users.md
 
@@ -113,8 +113,9 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--personal", type=Path, nargs="+", required=True)
+    parser.add_argument("--personal", type=Path, nargs="*", default=[])
     parser.add_argument("--shared", type=Path, nargs="*", default=[])
+    parser.add_argument("--stored", type=Path, nargs="*", default=[], help="files of --out, whose runs are added")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="JSON of the scores")
@@ -124,7 +125,7 @@ def main() -> None:
         raise SystemExit(f"{len(args.shared)} shared and {len(args.personal)} personal runs; expected as many")
     if args.threads:
         torch.set_num_threads(args.threads)
-    runs = []
+    runs = [run for file in args.stored for run in json.loads(file.read_text())]
     for number, personal in enumerate(args.personal):
         runs.append(measure(personal, args.shared[number] if args.shared else None, args.prompts))
         print(f"{personal.name} measured", flush=True)

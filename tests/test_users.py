@@ -585,19 +585,26 @@ def test_unreadable_numbers_are_refused() -> None:
         UsersConfig(dropout=1.0)
 
 
-def test_plans_count_the_branch() -> None:
+@pytest.mark.parametrize("through", ["attention", "gates"])
+def test_plans_count_the_branch(through: str) -> None:
     from diffalign.config_loading import load_config
     from diffalign.plan import make_plan, render
 
-    config = load_config("demo_ppd")
+    rank = 0 if through == "attention" else 16
+    config = load_config("demo_ppd", [f"users.through={through}", f"lora.rank={rank}"])
     plan = make_plan(config)
     family: Any = load_family(config.model)
     family.load(NETWORK)
     width = users.make_encoder(config.users).width
-    branch = UserAttention(family.network, width, config.users.tokens, config.users.token_size)
-    assert plan.network.lora_parameters == sum(p.numel() for p in branch.parameters())
+    if rank:
+        adapters.attach(family.network, config.lora)
+        branch: Any = UserGates(family.network, width)
+        more = adapters.count(family.network, "default")[1]
+    else:
+        branch, more = UserAttention(family.network, width, config.users.tokens, config.users.token_size), 0
+    assert plan.network.lora_parameters == more + sum(p.numel() for p in branch.parameters())
     assert plan.network.lora_modules == len(branch.paths)
-    assert "attentions to users (world_clip)" in render(plan)
+    assert ("weighed by users" if rank else "attentions to users (world_clip)") in render(plan)
 
 
 @pytest.mark.parametrize("name", ["sdxl_ppd_pickapic", "demo_ppd"])
