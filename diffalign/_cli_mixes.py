@@ -117,13 +117,13 @@ def run_pareto(args: argparse.Namespace, config: RunConfig) -> int:
     sampler = Sampler(family, texts, config.sampling, config.data.resolution, autocast, config.data.num_frames)
     measuring = pareto.Measuring(sampler, config, accelerator.device)
     family.load(NETWORK)
-    points = [measuring.point("base", "base", on=False)]
     names, role = soups.attach(family, config, [*parts, *runs])
     if role == "negative":
         raise ConfigError(
             "pareto: these are adapters for the negative branch of guidance, and would act in both here; measure them with "
             "diffalign evaluate --negative-adapter"
         )
+    points = [measuring.point("base", "base", on=False)]
     for weights in soups.simplex(len(parts), args.points) if parts else []:
         pareto.mixture(family.network, names[: len(parts)], weights)
         label = " ".join(f"{weight:.2g}" for weight in weights)
