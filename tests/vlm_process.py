@@ -126,9 +126,10 @@ def main(port: int, what: list[str]) -> None:
             if do == "busy":
                 self.send(429, {"error": {"message": "too many requests"}}, retry=True)
             else:
-                self.send(200, judge(request), cut=do == "broken")
-                with lock:
+                body = judge(request)
+                with lock:  # before it is sent: whoever has the answer may ask for the count at once
                     seen["answered"] += do != "broken"
+                self.send(200, body, cut=do == "broken")
 
         def send(self, status: int, body: Any, *, retry: bool = False, cut: bool = False) -> None:
             data = json.dumps(body).encode()
