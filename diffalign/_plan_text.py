@@ -71,7 +71,10 @@ def _model(plan: Plan) -> Iterator[str]:
     adapter = f"gates over {plan.lora_experts} experts" if plan.lora_experts else f"LoRA r{plan.lora_rank} on {targets}"
     if plan.users:
         adapter = f"{adapter}, weighed by users" if plan.lora_rank else f"attentions to users ({plan.users})"
-    if plan.lora_rank or plan.lora_experts or plan.users:
+    if plan.preference and plan.through is not None:
+        acts = {"gates": "weighed", "time": "and a vector on the time,", "attention": "attentions, told"}[plan.through]
+        adapter = f"{adapter if plan.lora_rank else ''} {acts} by {len(plan.preference)} rewards".strip()
+    if plan.lora_rank or plan.lora_experts or plan.users or plan.preference:
         yield _row(adapter, f"{plan.network.lora_parameters:>15,}  parameters, trained")
         yield _row("", f"{plan.network.lora_modules:>15,}  modules")
     if plan.text_encoders is not None:

@@ -474,6 +474,7 @@ class UsersConfig:
             data.
         through: "attention": attentions to the user beside those to text, which alone are trained (PPD; `lora.rank: 0`).
             "gates": a LoRA, as `lora` says, whose ranks every user turns up and down; it reaches all of the LoRA's layers.
+            "time": a LoRA, and a vector that every user adds to the embedded time.
         layers: of "vlm", whose hidden states of the last token are taken; the published ones are UNVERIFIED.
         examples: pairs that describe a user (PPD: 4).
         draws: embeddings of every user, each of other examples.
@@ -486,7 +487,7 @@ class UsersConfig:
     """
 
     encoder: str | None = None
-    through: Literal["attention", "gates"] = "attention"
+    through: Literal["attention", "gates", "time"] = "attention"
     layers: tuple[int, ...] = (-8, -1)
     examples: int = 4
     draws: int = 4
@@ -506,6 +507,60 @@ class UsersConfig:
         for name in ("held_out_fraction", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Training on weighted sums of several rewards: one adapter for all weights, which are chosen when images are sampled,
+    or for weights that are chosen here (images; pairs whose rows have `rewards`).
+
+    Attributes:
+        rewards: names of the rewards, in the order of the rows' `rewards` columns, at least two; kept with the adapter.
+            Empty: pairs are labelled as the data say. Otherwise the chosen image of a pair is the one with the larger
+            weighted sum, with weights drawn anew at every visit, which the network sees.
+        fixed: weights of all pairs, which the network does not see: one LoRA for one trade.
+        through: how weights act. "gates": every reward has its share of the ranks of the LoRA, which are weighed, and what
+            mixtures need beyond that is learnt. "time": on the embedded time, beside a LoRA. "attention": by attentions of
+            their own (`lora.rank: 0`).
+        concentration: of the Dirichlet distribution that weights are drawn from; 1: all are as likely; below 1 corners are.
+        scale: what is weighed: "rank": the share of the training images with a lower reward, which no monotone change of a
+            reward alters; "deviation": rewards over their standard deviation; "raw": rewards as they are.
+        margin: pairs whose weighted sums differ by less, in units of `scale`, are undecided: other weights are drawn; pairs
+            that no weights decide are left out and counted.
+        dropout: share of the visits without weights, labelled by equal weights: what the LoRA alone then is for.
+        hidden: of "gates" and "time", units of the hidden layer between weights and what they do.
+    """
+
+    rewards: tuple[str, ...] = ()
+    fixed: tuple[float, ...] = ()
+    through: Literal["gates", "time", "attention"] = "gates"
+    concentration: float = 1.0
+    scale: Literal["rank", "deviation", "raw"] = "rank"
+    margin: float = 0.05
+    dropout: float = 0.1
+    hidden: int = 128
+
+    def __post_init__(self) -> None:
+        if len(self.rewards) == 1 or len(set(self.rewards)) < len(self.rewards):
+            raise ValueError(f"rewards are {', '.join(self.rewards)}; expected at least two different names, or none")
+        if self.fixed and (
+            len(self.fixed) != len(self.rewards) or min(self.fixed) < 0 or abs(sum(self.fixed) - 1) > 1e-3
+        ):
+            raise ValueError(
+                f"fixed is {list(self.fixed)}; expected a weight >= 0 for each of {len(self.rewards)} rewards, with sum 1"
+            )
+        if self.concentration < 0.01 or self.margin < 0 or self.hidden < 1:
+            raise ValueError(
+                f"concentration is {self.concentration}, margin {self.margin} and hidden {self.hidden}; expected at least "
+                "0.01, 0 and 1"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; expected 0 <= dropout < 1")
+
+    @property
+    def seen(self) -> bool:
+        """Whether the network sees the weights."""
+        return bool(self.rewards) and not self.fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -743,6 +798,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     negative: NegativeConfig = field(default_factory=NegativeConfig)
     users: UsersConfig = field(default_factory=UsersConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -25,11 +25,12 @@ from torch.utils.flop_counter import flop_registry
 
 from diffalign.adapters import lora_layers
 from diffalign.architecture import Architecture
-from diffalign.config import LoraConfig, UsersConfig
+from diffalign.config import LoraConfig
 from diffalign.errors import ConfigError
 from diffalign.families._pipeline import PipelineFamily
 from diffalign.families.published import MAX_TOKENS, build_from_config
 from diffalign.text_encoders import PREFIX, ZEROS, attach_text, network_lora, trains_text
+from diffalign.user_branches import Kind
 
 CLIP_ENCODERS = ("AutoencoderKLCogVideoX", "AutoencoderKLQwenImage", "AutoencoderKLWan")  # an image is a clip to them
 
@@ -163,7 +164,7 @@ def measure_network(
     *,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    users: UsersConfig | None = None,
+    branch: Kind | None = None,
 ) -> NetworkCost:
     """Count one image or clip through the network as its family calls it.
 
@@ -172,14 +173,14 @@ def measure_network(
         lora: the adapter.
         shape: (C, h, w) or (C, F, h, w) of the latents.
         dtype: of the frozen weights; below float32 the training pass is counted under autocast to it.
-        users: attentions to users, where they are trained; the width of embeddings is `users.expected_width`.
+        branch: for users or preferences, where one is trained.
 
     Raises:
         ConfigError: a class that cannot be built or whose inputs are not known, or LoRA targets that name no layer.
     """
     key = json.dumps([architecture.network, architecture.conditioning], sort_keys=True)
     family = architecture.family
-    return _measure_network(_Call(key, family, architecture), lora, shape, dtype, users)
+    return _measure_network(_Call(key, family, architecture), lora, shape, dtype, branch)
 
 
 class _Call:
@@ -217,11 +218,9 @@ class _Call:
 
 @lru_cache(maxsize=8)
 def _measure_network(
-    call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtype: torch.dtype, users: UsersConfig | None = None
+    call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtype: torch.dtype, kind: Kind | None = None
 ) -> NetworkCost:
     from diffalign.adapters import attach, count
-    from diffalign.user_branches import UserAttention, UserGates
-    from diffalign.users import expected_width
 
     network: Any = build_from_config(call.config, device="meta", dtype=dtype).requires_grad_(False)
     parameters = sum(p.numel() for p in network.parameters())
@@ -231,13 +230,9 @@ def _measure_network(
     if lora.rank or lora.experts:
         attach(network, network_lora(lora))
         modules, lora_parameters = count(network, "default")
-    if users is not None and users.encoder is not None:
-        branch: UserAttention | UserGates
-        if users.through == "gates":
-            branch = UserGates(network, expected_width(users))
-        else:
-            branch = UserAttention(network, expected_width(users), users.tokens, users.token_size)
-            modules = len(branch.paths)
+    if kind is not None:
+        branch = kind.attach(network)
+        modules = modules or len(branch.settings()["paths"])
         branch.seat(torch.ones(1, branch.width, device="meta"))
         lora_parameters += sum(p.numel() for p in branch.parameters())
 

@@ -16,6 +16,7 @@ from diffalign.config import ModelConfig, RunConfig
 from diffalign.config_loading import to_tree
 from diffalign.errors import did_you_mean
 from diffalign.files import atomic_write_text
+from diffalign.preferences import said
 from diffalign.summary import objective_summary
 from diffalign.text_encoders import text_lora, trains_text
 from diffalign.world.names import TINY_BASES
@@ -168,7 +169,17 @@ def _adapter_label(config: RunConfig) -> str:
     if config.users.encoder:
         if config.users.through == "gates":
             return f"A LoRA (rank {config.lora.rank}) whose ranks users weigh, described by {config.users.encoder!r},"
+        if config.users.through == "time":
+            what = f"A LoRA (rank {config.lora.rank}) and a vector on the time"
+            return f"{what} for users, described by {config.users.encoder!r},"
         return f"Attentions to users ({config.users.tokens} tokens, described by {config.users.encoder!r}; PPD)"
+    if config.preference.seen:
+        what = {
+            "gates": f"A LoRA (rank {config.lora.rank}) whose ranks are turned up and down",
+            "time": f"A LoRA (rank {config.lora.rank}) and a vector on the embedded time",
+            "attention": "Attentions",
+        }[config.preference.through]
+        return f"{what} by weights of {len(config.preference.rewards)} rewards ({', '.join(config.preference.rewards)})"
     lora, own = config.lora, text_lora(config.lora)
     text = f"(rank {own.rank}, alpha {own.rank if own.alpha is None else own.alpha:g})"
     if not lora.rank:
@@ -181,6 +192,11 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
     parts = ["## How to use it"]
     if "users" in files:
         return "\n\n".join([*parts, _usage_of_users(config)])
+    if config.preference.fixed:
+        parts.append(
+            f"Pairs were judged by {said(config.preference.fixed, config.preference.rewards)} "
+            f"(scale: {config.preference.scale}); the adapter is for this trade alone."
+        )
     lora = files.get("diffusers", files.get("gated"))
     if lora is None:
         parts.append("The adapter has not been exported yet: training did not finish.")
@@ -239,8 +255,10 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
 
 
 def _usage_of_users(config: RunConfig) -> str:
-    """How somebody's taste is put into a stock pipeline."""
+    """How somebody's taste, or weights of rewards, are put into a stock pipeline."""
     part, model = _network_part(config.model), config.model
+    rewards = config.preference.rewards
+    weights = [round(1 / len(rewards), 4) for _ in rewards]
     tiny = model.pretrained in TINY_BASES
     load = (
         ["from diffalign.world.bases import load_pipeline", "", f"pipe = load_pipeline({quoted(model.pretrained)})"]
@@ -250,22 +268,35 @@ def _usage_of_users(config: RunConfig) -> str:
     lines = [
         "import torch",
         "from diffalign import user_branches",
-        "from diffalign.users import hashed, read_users",
+        *([] if weights else ["from diffalign.users import hashed, read_users"]),
         *load,
-        "from pathlib import Path",
-        "",
-        'users = read_users(Path("."))  # embeddings by hashed id',
+        *(
+            [""]
+            if weights
+            else ["from pathlib import Path", "", 'users = read_users(Path("."))  # embeddings by hashed id']
+        ),
         f'branch = user_branches.load(pipe.{part}, ".")',
-        "with branch.given(next(iter(users.values()))[0]):  # or users[hashed(id)][0]",
+        *(
+            [f"with branch.given(torch.tensor({weights})):  # of {', '.join(rewards)}"]
+            if weights
+            else ["with branch.given(next(iter(users.values()))[0]):  # or users[hashed(id)][0]"]
+        ),
         f"    image = pipe({quoted(_prompt(config))}, num_inference_steps={config.sampling.num_inference_steps}, "
         f"guidance_scale={config.sampling.guidance_scale}, height={config.data.resolution}, width={config.data.resolution}, "
         "generator=torch.Generator().manual_seed(0)).images[0]",
         'image.save("sample.png")',
     ]
+    text = "In diffusers, run in this folder:\n\n```python\n" + "\n".join(lines) + "\n```\n\n"
+    if weights:
+        return (
+            f"{text}Weights are of {', '.join(rewards)}, in this order, each at least 0, with sum 1. "
+            f"Without any {'the LoRA acts alone, for no preference' if config.lora.rank else 'it is the base'}. On the "
+            "command line, a row of images for each:\n\n```bash\ndiffalign generate . "
+            + " ".join(f"--preference {name}=1" for name in rewards)
+            + f" --prompt {json.dumps(_prompt(config))}\n```"
+        )
     return (
-        "In diffusers, run in this folder:\n\n```python\n"
-        + "\n".join(lines)
-        + "\n```\n\nSomebody new is described by a few "
+        f"{text}Somebody new is described by a few "
         "pairs: `diffalign.users.make_encoder(config.users).embed([...])`. `diffalign.users.between` mixes users; "
         "`branch.given(user, strength=0.5)` weakens one. Without a user the network is its base."
     )

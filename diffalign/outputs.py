@@ -17,6 +17,7 @@ from diffalign.families import DenoisingFamily
 from diffalign.files import atomic_write_text
 from diffalign.model_card import write_card
 from diffalign.policy import Policy
+from diffalign.preferences import said
 from diffalign.report import write_report
 from diffalign.sampling import Sampler, save_png
 from diffalign.statistics import Estimate
@@ -105,7 +106,8 @@ class Outputs:
         config = self.config
         if (branch := user_branches.of(policy.bare)) is not None:
             files = {"users": self.run_dir / user_branches.FILE_NAME}
-            known = {"family": config.model.family, "encoder": str(config.users.encoder)}
+            known = {"family": config.model.family}
+            known |= {} if config.users.encoder is None else {"encoder": config.users.encoder}
             user_branches.save(branch, files["users"], self._metadata(step) | known)
         else:
             files = {}
@@ -151,4 +153,7 @@ class Outputs:
             "seed": str(self.config.seed),
             "resolution": str(self.config.data.resolution),
         }
+        if rewards := self.config.preference.rewards:
+            fixed = self.config.preference.fixed
+            metadata["preference"] = said(fixed, rewards) if fixed else ", ".join(rewards)
         return metadata | {name: str(value) for name, value in self.summary.items()}

@@ -39,6 +39,7 @@ from diffalign.measure import (
 )
 from diffalign.sampling.rules import kind_of
 from diffalign.summary import objective_summary
+from diffalign.user_branches import wanted
 
 GIB = 2**30
 # CUDA context, library workspaces and the allocator's own reserve.
@@ -168,6 +169,8 @@ class Plan:
     parameters: dict[str, int]
     lora_rank: int
     users: str | None
+    preference: tuple[str, ...]
+    through: str | None
     lora_targets: str | tuple[str, ...]
     lora_experts: int  # that are fused; 0: a new adapter is trained
     lora_text_rank: int
@@ -216,7 +219,7 @@ class _Costs:
         resolution, frames = config.data.resolution, config.data.num_frames
         self.latent_shape = self.architecture.latent_shape(resolution, frames)
         self.network: NetworkCost = measure_network(
-            self.architecture, config.lora, shape=self.latent_shape, dtype=self.dtype, users=config.users
+            self.architecture, config.lora, shape=self.latent_shape, dtype=self.dtype, branch=wanted(config)
         )
         self.text: TextCost | None = measure_text_encoders(self.architecture, config.lora, dtype=self.dtype)
         self.encoder: EncodeCost = measure_encoder(self.architecture.configs["vae"], resolution, frames)
@@ -422,6 +425,8 @@ def make_plan(
         parameters=costs.architecture.parameters,
         lora_rank=config.lora.rank,
         users=config.users.encoder,
+        preference=config.preference.rewards,
+        through=config.preference.through if config.preference.seen else None,
         lora_targets=config.lora.targets,
         lora_experts=len(config.lora.experts),
         lora_text_rank=config.lora.text_encoder_rank,

@@ -11,7 +11,7 @@ from diffalign import plugins
 from diffalign._preflight_images import check_errors, check_groups, check_round, check_schedule, check_unread
 from diffalign._preflight_negative import check_fused, check_negative
 from diffalign._preflight_rewards import READ_BY_REWARDS, UNREAD_BY_REWARDS, check_reward_run
-from diffalign._preflight_users import check_users
+from diffalign._preflight_users import check_preference, check_users
 from diffalign.config import GenerationConfig, RolloutConfig, RunConfig
 from diffalign.errors import ConfigError, DataError, did_you_mean
 from diffalign.files import require_writable
@@ -44,7 +44,7 @@ def check(config: RunConfig) -> None:
     family.preflight(config.model)
     check_objective(config, family)
     plugins.find("readers", config.data.format)
-    check_lora(config.lora, others=config.users.encoder is not None)
+    check_lora(config.lora, others=config.users.encoder is not None or config.preference.seen)
     if config.lora.experts:
         _check_experts(config, family)
     _check_training(config)
@@ -232,6 +232,7 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "denoising",
         "negative",
         "users",
+        "preference",
         "model.adapters",
         "cache",
         "sampling",
@@ -339,6 +340,7 @@ def _check_images(config: RunConfig, family: type[DenoisingFamily]) -> None:
     check_text_encoders(config, family)
     check_negative(config, family)
     check_users(config, family)
+    check_preference(config, family)
     check_fused(config)
     check_sampling(config)
     if config.evaluation.at_end:

@@ -136,6 +136,7 @@ def _result(run: RunData) -> str:
         tiles
         + unlearning(result)
         + _rewards(result)
+        + _preference(result)
         + notes
         + (collapsed("Everything in result.json", table((), rest)) if rest else "")
     )
@@ -150,6 +151,27 @@ def _rewards(result: Mapping[str, Any]) -> str:
     rows = [[_cell(entry.get(name)) for name in names] for entry in rewards]
     head = ("reward", "base", "aligned", "win rate", "95 %", "gain", "95 %", "p (sign test)")
     return f'<div class="block">{table(head, rows)}</div>'
+
+
+def _preference(result: Mapping[str, Any]) -> str:
+    """How held-out pairs are ranked by each reward, with the weights the network was told or trained on."""
+    found = result.get("preference")
+    if not isinstance(found, Mapping) or not found.get("rewards"):
+        return ""
+    names = [str(name) for name in found["rewards"]]
+    rows = [
+        (
+            ", ".join(f"{weight:g} {name}" for weight, name in zip(entry["weights"], names, strict=True)),
+            *(f"{entry[name]['accuracy']:.3f} of {entry[name]['pairs']}" if name in entry else "" for name in names),
+        )
+        for entry in found.get("held_out") or ()
+    ]
+    how = "fixed weights" if found.get("fixed") else "weights that the network is told"
+    told = f"<p><small>Pairs were judged by {how} of {escape(', '.join(names))}.</small></p>"
+    if not rows:
+        return told
+    head = ("held-out pairs ranked right", *(f"by {name}" for name in names))
+    return f'<div class="block">{told}{table(head, rows)}</div>'
 
 
 def _cell(value: Any) -> str:

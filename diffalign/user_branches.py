@@ -1,4 +1,6 @@
-"""What makes one network draw for many tastes: attentions to a user (PPD), or a LoRA that users weigh.
+"""What makes one network draw for many tastes: attentions to a user (PPD), a LoRA that users weigh, a vector on the time.
+
+A user is an embedding: of a person (`diffalign.users`), or the weights of several rewards (`diffalign.preferences`).
 
 Paper: "Personalized Preference Fine-tuning of Diffusion Models", arXiv 2501.06655 (CVPR 2025). No code is public and the
 paper was read second-hand. In every attention between image and text a second attention with the same queries looks at
@@ -24,17 +26,22 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffalign.adapters import DEFAULT, USERS, lora_layers
+from diffalign.config import RunConfig
 from diffalign.errors import CheckpointError, ConfigError
 
 NAME = USERS
+HIDDEN = 128  # units between a user's embedding and a vector on the time
+CLOCKS = ("time_embedding", "timestep_embedder", "time_embedder")  # what diffusers calls the embedding of the time
 FILE_NAME = "user_adapter.safetensors"
 HEADER = "diffalign.users"
 
@@ -50,6 +57,7 @@ class UserBranch(nn.Module):
         user: embeddings of the rows that come next, (B, d), or None. A batch with k times as many rows holds the rows k
             times over, as guidance does it.
         off: nothing is added.
+        names: what the numbers of an embedding are the weights of, where they are weights of rewards.
         strength: multiplies what users change; 1 is as trained.
     """
 
@@ -60,6 +68,7 @@ class UserBranch(nn.Module):
         self.width = width
         self.user: Tensor | None = None
         self.off, self.strength = False, 1.0
+        self.names: tuple[str, ...] = ()
         self._hooks: list[Any] = []
 
     def _join(self, network: nn.Module) -> None:
@@ -97,6 +106,11 @@ class UserBranch(nn.Module):
     def seat(self, user: Tensor | None) -> None:
         """Let users act from now on; see `given`."""
         if user is not None and user.shape[-1] != self.width:
+            if self.names:
+                raise ConfigError(
+                    f"got {user.shape[-1]} weights; this adapter was trained on {self.width} rewards: "
+                    f"{', '.join(self.names)}"
+                )
             raise ConfigError(f"got embeddings of width {user.shape[-1]}; this network was trained for {self.width}")
         self.user = None if user is None else user.reshape(-1, self.width).to(next(self.parameters()))
 
@@ -106,6 +120,13 @@ class UserBranch(nn.Module):
         if rows % len(self.user):
             raise RuntimeError(f"{where}: {rows} rows for {len(self.user)} users; expected a multiple")
         return self.user.repeat(rows // len(self.user), 1)
+
+    def _directions(self, rows: int, where: str) -> Tensor:
+        """The users of a batch by direction, each of norm sqrt(d); nobody's, zeros, stays zeros.
+
+        Embeddings of several encoders have other sizes, and weights of rewards are the same by their direction.
+        """
+        return functional.normalize(self._rows(rows, where), dim=-1) * self.width**0.5
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -189,10 +210,20 @@ class UserGates(UserBranch):
     attentions to users do not. G starts at zero; nobody has the plain LoRA. There is no paper that we could name for it; it
     is what people ask for as a LoRA with weights by user.
 
+    Embeddings of a few numbers, as weights of rewards are, would turn a linear G slowly (a step of Adam changes it by the
+    learning rate whatever d is): with a hidden layer, which all layers of the LoRA share, it is B diag(1 + G h(u)) A.
+
+    Where embeddings are weights p of d rewards, ranks can be dealt out to them, `shares`: B diag(d p_k(j) + G h(u)) A with
+    k(j) = j mod d, which starts as a sum of d adapters by weight, all of them trained for every mixture, and G is what
+    mixtures need beyond that. Nobody's gates, 1, are those of equal weights. While B is zero nothing depends on p.
+
     Args:
         network: with a LoRA.
         width: d, of an embedding.
         adapter: name of the LoRA.
+        hidden: units of h, silu(W u + b); 0: h(u) = u.
+        shares: deal the ranks out; embeddings are at least 0, with sum 1.
+        seed: of the initialisation of W and b.
 
     Raises:
         ConfigError: no such adapter, or the network carries a branch already.
@@ -200,13 +231,26 @@ class UserGates(UserBranch):
 
     kind = "gates"
 
-    def __init__(self, network: nn.Module, width: int, adapter: str = DEFAULT) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        width: int,
+        adapter: str = DEFAULT,
+        *,
+        hidden: int = 0,
+        shares: bool = False,
+        seed: int = 0,
+    ) -> None:
         super().__init__(width)
         found: dict[str, Any] = dict(lora_layers(network, adapter))
         if not found:
             raise ConfigError(f"no adapter {adapter!r} whose ranks users could weigh; attach a LoRA first")
         self.paths, self.ranks = tuple(found), tuple(int(layer.r[adapter]) for layer in found.values())
-        self.gates = nn.ModuleList(nn.Linear(width, rank, bias=False) for rank in self.ranks)
+        if shares and min(self.ranks) < width:
+            raise ConfigError(f"lora.rank: got {min(self.ranks)}; expected at least one for each of {width} rewards")
+        self.shares = shares
+        self.hidden, self.first = hidden, first_layer(width, hidden, seed) if hidden else None
+        self.gates = nn.ModuleList(nn.Linear(hidden or width, rank, bias=False) for rank in self.ranks)
         for layer in self.gates:
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
         self._join(network)
@@ -216,22 +260,163 @@ class UserGates(UserBranch):
         ]
 
     def settings(self) -> dict[str, Any]:
-        return {"width": self.width, "paths": list(self.paths), "ranks": list(self.ranks)}
+        own = {"hidden": self.hidden, "shares": self.shares}
+        return {"width": self.width, "paths": list(self.paths), "ranks": list(self.ranks)} | own
 
     def _hook(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if self.off or self.user is None:
                 return output
-            user = self._rows(len(output), self.paths[number])
-            # By direction: embeddings of several encoders have other sizes; nobody's, zeros, stays zeros.
-            user = functional.normalize(user, dim=-1) * self.width**0.5
-            gate = 1 + self.strength * self.gates[number](user)
+            user = self._directions(len(output), self.paths[number])
+            somebody = (user != 0).any(1, keepdim=True)
+            if self.first is not None:
+                user = functional.silu(self.first(user)) * somebody
+            change = self.gates[number](user)
+            if self.shares:
+                weights = self._rows(len(output), self.paths[number])
+                dealt = weights[:, torch.arange(change.shape[1], device=weights.device) % self.width]
+                change = change + (self.width * dealt - 1) * somebody
+            gate = 1 + self.strength * change
             sides = (1,) * (output.ndim - 2)
             convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
             shape = (*gate.shape, *sides) if convolution else (len(gate), *sides, gate.shape[1])
             return output * gate.view(shape).to(output.dtype)
 
         return hook
+
+
+class UserTime(UserBranch):
+    """A vector that users add to the embedded time, on which every block of the network is conditioned.
+
+    t + W_2 silu(W_1 u + b_1) + b_2, of which W_2 and b_2 start at zero; nobody adds nothing. That is how class labels and
+    sizes enter these networks. In UNets it reaches residual blocks, in transformers their modulations.
+
+    Args:
+        network: a LoRA may be attached.
+        width: d, of an embedding.
+        hidden: units of the hidden layer.
+        seed: of the initialisation.
+
+    Raises:
+        ConfigError: the network embeds no time in one vector, or carries a branch already.
+    """
+
+    kind = "time"
+
+    def __init__(self, network: nn.Module, width: int, hidden: int = 128, seed: int = 0) -> None:
+        super().__init__(width)
+        path, clock = embedded_time(network)
+        self.path, self.hidden = path, hidden
+        self.paths = (path,)
+        self.first = first_layer(width, hidden, seed)
+        self.last = nn.Linear(hidden, clock.linear_2.out_features)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self._join(network)
+        self._hooks = [clock.register_forward_hook(self._add)]
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": self.width, "hidden": self.hidden, "paths": list(self.paths)}
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if self.off or self.user is None:
+            return output
+        user = self._directions(len(output), self.path)
+        added = self.last(functional.silu(self.first(user)))
+        somebody = (user != 0).any(1, keepdim=True).to(added)
+        change = (self.strength * somebody * added).to(output.dtype)
+        return output + change.view(
+            len(change), *[1] * (output.ndim - 2), -1
+        )  # some models have a time for every token
+
+
+def first_layer(width: int, hidden: int, seed: int) -> nn.Linear:
+    """The layer from an embedding to hidden units, a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(width, hidden)
+
+
+def embedded_time(network: nn.Module) -> tuple[str, Any]:
+    """The module whose output, (B, D), is the embedded time, and its path.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    found = {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module, TimestepEmbedding) and path.rpartition(".")[2] in CLOCKS
+    }
+    if len(found) != 1:
+        raise ConfigError(
+            f"{type(network).__name__} embeds the time in {len(found)} places; expected one to which a vector can be added. "
+            "Let users or preferences act through gates"
+        )
+    return next(iter(found.items()))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What makes a branch.
+
+    Attributes:
+        through: "attention", "gates" or "time".
+        width: d, of an embedding.
+        tokens, token_size: of "attention".
+        hidden: of "time", and of "gates", where 0 is none.
+        shares: of "gates".
+        names: of the rewards that embeddings are weights of.
+        seed: of the initialisation.
+    """
+
+    through: Literal["attention", "gates", "time"]
+    width: int
+    tokens: int = 8
+    token_size: int = 256
+    hidden: int = 0
+    shares: bool = False
+    names: tuple[str, ...] = ()
+    seed: int = 0
+
+    def attach(self, network: nn.Module) -> UserBranch:
+        """Put the branch on a network, with the LoRA already attached where there is one.
+
+        Raises:
+            ConfigError: the network cannot carry it.
+        """
+        branch: UserBranch
+        if self.through == "gates":
+            branch = UserGates(network, self.width, hidden=self.hidden, shares=self.shares, seed=self.seed)
+        elif self.through == "time":
+            branch = UserTime(network, self.width, self.hidden, self.seed)
+        else:
+            branch = UserAttention(network, self.width, self.tokens, self.token_size, self.seed)
+        branch.names = self.names
+        return branch
+
+
+def wanted(config: RunConfig, width: int | None = None) -> Kind | None:
+    """The branch that a run trains, if it trains one.
+
+    Args:
+        config: of the run.
+        width: of users' embeddings, where it is known.
+    """
+    users, preference = config.users, config.preference
+    if users.encoder is not None:
+        from diffalign.users import expected_width
+
+        width = expected_width(users) if width is None else width
+        hidden = HIDDEN if users.through == "time" else 0
+        return Kind(users.through, width, users.tokens, users.token_size, hidden, seed=config.seed)
+    if preference.seen:
+        names = preference.rewards
+        shares = preference.through == "gates"
+        return Kind(
+            preference.through, len(names), hidden=preference.hidden, shares=shares, names=names, seed=config.seed
+        )
+    return None
 
 
 def attentions(network: nn.Module) -> dict[str, Any]:
@@ -283,14 +468,15 @@ def save(branch: UserBranch, path: Path, metadata: Mapping[str, str]) -> None:
     from diffalign.export import write_file
 
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in branch.state_dict().items()}
-    header = {HEADER: json.dumps({"kind": branch.kind} | branch.settings()), "diffalign.role": "user"}
+    settings = {"kind": branch.kind, "rewards": branch.names} | branch.settings()
+    header = {HEADER: json.dumps(settings), "diffalign.role": "user"}
     write_file(
         path, tensors, {"format": "pt"} | header | {f"diffalign.{key}": value for key, value in metadata.items()}
     )
 
 
 def load(network: nn.Module, path: str | Path) -> UserBranch:
-    """Put the branch of a file onto a network; of gates, the LoRA of the same folder first.
+    """Put the branch of a file onto a network; beside attentions of its own, the LoRA of the same folder first.
 
     Args:
         network: of the base that it was trained on.
@@ -309,16 +495,22 @@ def load(network: nn.Module, path: str | Path) -> UserBranch:
     if HEADER not in metadata:
         raise CheckpointError(f"{file}: no adapter for users; LoRA files are loaded by pipe.load_lora_weights")
     settings = json.loads(metadata[HEADER])
-    branch: UserBranch
-    if settings["kind"] == "gates":
+    kind = Kind(
+        settings["kind"],
+        settings["width"],
+        settings.get("tokens", 8),
+        settings.get("size", 256),
+        settings.get("hidden", 0),
+        settings.get("shares", False),
+        tuple(settings.get("rewards", ())),
+    )
+    if kind.through == "attention" and list(attentions(network)) != settings["paths"]:
+        raise CheckpointError(f"{file}: made for a network with other layers; load it into its own base")
+    if kind.through != "attention":
         load_lora(network, file.parent, family=metadata["diffalign.family"])
-        branch = UserGates(network, settings["width"])
-        same = isinstance(branch, UserGates) and list(branch.paths) == settings["paths"]
-    else:
-        same = list(attentions(network)) == settings["paths"]
-        if same:
-            branch = UserAttention(network, settings["width"], settings["tokens"], settings["size"])
-    if not same:
+    branch = kind.attach(network)
+    if branch.settings()["paths"] != settings["paths"]:
+        branch.remove(network)
         raise CheckpointError(f"{file}: made for a network with other layers; load it into its own base")
     try:
         branch.load_state_dict(tensors)

@@ -486,6 +486,55 @@ MUTATIONS = (
         "GREY = 1.0",
         "tests/reward_models/test_geneval.py",
     ),
+    Mutation(
+        "preference: the label turned round",
+        "diffalign/preferences.py",
+        "else float(ahead > 0))",
+        "else float(ahead < 0))",
+        "tests/test_preferences.py::test_the_label_follows_the_weights",
+    ),
+    Mutation(
+        "preference: the same weights at every visit",
+        "diffalign/preferences.py",
+        'f"{pair_id} preference", visit)',
+        'f"{pair_id} preference", 0)',
+        "tests/test_preferences.py::test_weights_depend_on_seed_pair_and_visit_alone",
+    ),
+    Mutation(
+        "preference: the margin ignored",
+        "diffalign/preferences.py",
+        "return gap >= self.config.margin and gap > 0",
+        "return gap > 0",
+        "tests/test_preferences.py::test_pairs_that_say_little_get_other_weights_and_those_that_say_nothing_none",
+    ),
+    Mutation(
+        "preference: nobody labelled by drawn weights",
+        "diffalign/preferences.py",
+        "return self.equal, False",
+        "return np.eye(self.width)[0], False",
+        "tests/test_preferences.py::test_without_weights_pairs_are_judged_by_equal_ones",
+    ),
+    Mutation(
+        "preference: ranks are of one side of equal rewards",
+        "diffalign/preferences.py",
+        "(below + up_to) / (2 * len(column))",
+        "up_to / len(column)",
+        "tests/test_preferences.py::test_ranks_are_shares_of_training_images_with_less",
+    ),
+    Mutation(
+        "preference: no preference adds the bias",
+        "diffalign/user_branches.py",
+        "(self.strength * somebody * added)",
+        "(self.strength * added)",
+        "tests/test_preferences.py::test_a_vector_on_the_time_changes_every_network_and_starts_at_nothing",
+    ),
+    Mutation(
+        "preference: ranks dealt out in blocks of the wrong size",
+        "diffalign/user_branches.py",
+        "% self.width]",
+        "// self.width % self.width]",
+        "tests/test_preferences.py::test_ranks_dealt_out_to_rewards_are_a_sum_of_adapters_by_weight",
+    ),
 )
 
 

@@ -53,6 +53,12 @@ class UserRows(Protocol):
     def of(self, pair: EncodedPair) -> Tensor: ...
 
 
+class PreferenceRows(Protocol):
+    """Labels of pairs by weighted rewards, and the weights that the network sees (`diffalign.preferences.Preferences`)."""
+
+    def seen(self, pair: EncodedPair, visit: int, *, measured: bool = False) -> tuple[EncodedPair, Tensor | None]: ...
+
+
 class TokenizedPairs:
     """Encoded pairs whose prompts are token ids, for text encoders that are trained; all else is as it was.
 
@@ -233,6 +239,7 @@ class PairMicroBatches(Dataset[PairBatch]):
         temperature: divides the difference of rewards of "soft" and "sampled".
         flipped: pairs whose images change places: "none", "all", or those without their prompt ("empty").
         users: whose embeddings go with the text of a pair, under "user".
+        preferences: who judges the pairs, in place of their labels; what the network sees of it goes the same way.
     """
 
     def __init__(
@@ -249,8 +256,9 @@ class PairMicroBatches(Dataset[PairBatch]):
         temperature: float = 1.0,
         flipped: Literal["none", "all", "empty"] = "none",
         users: UserRows | None = None,
+        preferences: PreferenceRows | None = None,
     ) -> None:
-        self.flipped, self.users = flipped, users
+        self.flipped, self.users, self.preferences = flipped, users, preferences
         self.data, self.plan, self.denoising, self.seed = data, plan, denoising, seed
         self.independent, self.facts, self.label, self.temperature = independent, frozenset(facts), label, temperature
         self.image_conditioning = family.image_conditioning
@@ -273,9 +281,12 @@ class PairMicroBatches(Dataset[PairBatch]):
         dropped = dropped and not keep_prompt
         if self.flipped == "all" or (self.flipped == "empty" and dropped):
             pair = flip(pair)
+        more: Conditioning = {}
+        if self.preferences is not None:
+            pair, weights = self.preferences.seen(pair, visit, measured=keep_prompt)
+            more = {} if weights is None else {"user": weights}
         chosen, rejected = (0, 1) if pair.p >= 0.5 else (1, 0)
         own = self._facts(pair, chosen, rejected)
-        more: Conditioning = {}
         if self.users is not None:
             more = {"user": self.users.of(pair) if keep_prompt else self.users.row(pair, visit)}
         prompts = ["", ""] if dropped else pair.extra.get(PROMPTS, [pair.prompt] * 2)

@@ -65,6 +65,8 @@ def facts_read(config: RunConfig) -> dict[str, str]:
         found |= dict.fromkeys(needed(config.objective), f"objective {config.objective.name!r}")
     if config.data.label != "given":
         found.setdefault(REWARDS, f"data.label: {config.data.label}")
+    if config.preference.rewards:
+        found.setdefault(REWARDS, "preference.rewards")
     return found
 
 

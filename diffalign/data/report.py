@@ -28,6 +28,7 @@ RULES = frozenset(
         "filtered",
         "beyond_max_pairs",
         "unread_label",
+        "undecided_preference",
     }
 )
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign import adapters
+from diffalign import adapters, preferences, user_branches
 from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, TokenizedPairs, micro_batches
 from diffalign.data.pipeline import split_held_out
 from diffalign.data.prepare import REPORT, prepare
 from diffalign.data.prompts import load_prompts
+from diffalign.data.report import DataReport
 from diffalign.errors import DataError
 from diffalign.families import NETWORK, TEXT, Conditioning, DenoisingFamily
 from diffalign.hardware import configure_network
@@ -34,7 +35,6 @@ from diffalign.sampling.rollouts import AnyBatch, ImageRollouts
 from diffalign.sampling.rules import flipped_pairs, has_lagged, kind_of, noise_of, reward_sign, samples_images
 from diffalign.summary import objective_summary
 from diffalign.text_encoders import attach, trains_text
-from diffalign.user_branches import UserAttention, UserBranch, UserGates
 from diffalign.users import USERS_FILE, Users, by_user, check_encoder, described, kept_out
 from diffalign.watch import Watch
 
@@ -45,6 +45,7 @@ class ImageJob(Job):
     unit = "pairs"
     family: DenoisingFamily
     users: Users | None = None  # where they are trained on
+    preferences: preferences.Preferences | None = None  # where pairs are judged by weighted rewards
 
     def prepare(self) -> None:
         config = self.config
@@ -79,6 +80,8 @@ class ImageJob(Job):
         self.kept, self.kept_out = split_held_out(data.prompts, config.evaluation.held_out_fraction)
         if config.users.encoder is not None:
             self._describe_users(data)
+        if config.preference.rewards:
+            self._prefer(data, prepared.report)
         self.count, self.held_out = len(self.kept), len(self.kept_out)
         sizes = data.target_sizes
         assert training.train_batch_size != "auto", "resolve_auto has chosen"
@@ -96,6 +99,7 @@ class ImageJob(Job):
             temperature=config.data.label_temperature,
             flipped=flipped_pairs(config),
             users=self.users,
+            preferences=self.preferences,
         )
         self.elements = dataset.example(self.kept[0], 0).noise.numel()
         self.data, self.dataset = data, dataset
@@ -118,6 +122,25 @@ class ImageJob(Job):
         self.kept_out = [i for i in sorted(held_out) if owners[i].user in seen]
         if not self.kept:
             raise DataError("users: no pair of a user who may be trained on is left; lower users.held_out_fraction")
+
+    def _prefer(self, data: PairData, report: DataReport) -> None:
+        """Let weighted rewards judge the pairs; those that no weights decide are left out."""
+        config, owners = self.config.preference, data.owners
+        self.preferences, ahead = preferences.prepare(data.extras, self.kept, config, self.config.seed)
+        self.correlation = preferences.correlation(ahead[self.kept])
+        useful = [self.preferences.useful(one) for one in ahead]
+        for index in sorted([*self.kept, *self.kept_out]):
+            if not useful[index]:
+                detail = f"differences {[round(float(v), 4) for v in ahead[index]]}"
+                report.skip(owners[index].id, "undecided_preference", detail)
+        self.kept, self.kept_out = ([i for i in part if useful[i]] for part in (self.kept, self.kept_out))
+        if not self.kept:
+            raise DataError(
+                f"preference.margin: got {config.margin}, and none of {len(owners):,} pairs is decided by that much; set it "
+                "lower"
+            )
+        if self.accelerator.is_main_process:
+            report.write(self.run_dir / REPORT)
 
     def _prepare_prompts(self, prompts: list[str], *, encode: bool) -> None:
         """What is needed to sample images of prompts: a `Sampler` encodes those once that the data have not encoded."""
@@ -143,6 +166,9 @@ class ImageJob(Job):
         if self.users is not None:  # prompts are everybody's in turn
             seen = [one.embeddings[0] for one in self.users.found.values() if not one.unseen]
             sampler.users = torch.stack([seen[i % len(seen)] for i in range(len(prompts))])
+        if config.preference.seen:
+            width = len(config.preference.rewards)
+            sampler.users = torch.full((len(prompts), width), 1 / width)
         return sampler
 
     def identity(self) -> dict[str, Any]:
@@ -170,16 +196,15 @@ class ImageJob(Job):
         return self.family.with_text_encoders() if self.tokens else self.family.network
 
     def attach(self, network: nn.Module) -> list[nn.Parameter]:
-        if self.users is None:
-            return attach(network, self.config.lora, seed=self.config.seed)
-        config, width = self.config.users, self.users.width
-        branch: UserBranch
-        if config.through == "gates":
+        width = None if self.users is None else self.users.width
+        kind = user_branches.wanted(self.config, width)
+        if kind is None or self.config.lora.rank:
             attach(network, self.config.lora, seed=self.config.seed)
-            branch = UserGates(network, width)
         else:
             network.requires_grad_(False)
-            branch = UserAttention(network, width, config.tokens, config.token_size, self.config.seed)
+        if kind is None:
+            return adapters.parameters(network)
+        branch = kind.attach(network)
         adapters.train_whole(network, [f"{adapters.USERS}.{name}" for name, _ in branch.named_parameters()])
         return adapters.parameters(network)
 
@@ -309,12 +334,23 @@ class ImageJob(Job):
             facts = facts | {"best_step": best}
         facts = facts | {"image_forwards": self.forwards_before + self.policy.forwards * self.accelerator.num_processes}
         return self.outputs.finish(
-            self.policy, self.dataset, self.kept_out, step=step, facts=facts, more=self._users_result
+            self.policy, self.dataset, self.kept_out, step=step, facts=facts, more=self._more_results
         )
 
-    def _users_result(self) -> dict[str, Any]:
-        """How pairs of users are ranked that were not trained on."""
-        if self.users is None or self.dataset is None:
+    def _more_results(self) -> dict[str, Any]:
+        """How pairs that were not trained on are ranked, by user or by reward."""
+        if self.dataset is None:
+            return {}
+        if self.preferences is not None:
+            config, reads = self.config.preference, self.objective.reads_reference()
+            ranked = (
+                preferences.by_reward(self.policy, self.dataset, self.preferences, self.kept_out)
+                if self.kept_out and reads
+                else []
+            )
+            told = {"rewards": list(config.rewards), "fixed": list(config.fixed), "correlation": self.correlation}
+            return {"preference": told | {"held_out": ranked}}
+        if self.users is None:
             return {}
         return {"users": by_user(self.policy, self.dataset, self.users, self.kept_out, self.unseen)}
 
