@@ -110,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompts", help="a file or a shipped list; default: the config's evaluation prompts")
     generate.add_argument("--adapter", help="LoRA file, peft folder or run folder; default: the run folder's own")
     add_negative(generate)
+    add_asked(generate)
     generate.add_argument("--base", action="store_true", help="also sample the base with the same noise, side by side")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--images-per-prompt", "--samples-per-prompt", type=int, default=1, dest="samples_per_prompt")
@@ -120,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", run_evaluate, "base against adapter: rewards and win rate with intervals")
     evaluate.add_argument("--adapter", help="LoRA file or run folder; default: the run folder's own")
     add_negative(evaluate)
+    add_asked(evaluate)
     evaluate.add_argument(
         "--against",
         choices=("base", "adapter"),
@@ -373,6 +375,26 @@ def add_negative(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_asked(args: argparse.Namespace, config: RunConfig) -> None:
+    """Language models see neither preferences nor users."""
+    if args.preference or args.user:
+        raise UserError(
+            f"--preference, --user: family {config.model.family!r} writes texts, and sees neither; leave them out"
+        )
+
+
+def add_asked(parser: argparse.ArgumentParser) -> None:
+    """Options of what networks that see preferences or users are told."""
+    parser.add_argument(
+        "--preference",
+        action="append",
+        default=[],
+        metavar="W,W",
+        help="weights of the rewards of a run on preferences, with sum 1, or NAME=W,...; several for a row of images each",
+    )
+    parser.add_argument("--user", action="append", default=[], help="id of somebody of a run on users; several as well")
+
+
 def negative_of(args: argparse.Namespace) -> Path | None:
     """The adapter of the negative branch."""
     return Path(args.negative_adapter) if args.negative_adapter else None
@@ -398,6 +420,8 @@ def run_generate(args: argparse.Namespace) -> int:
         seed=args.seed,
         images_per_prompt=args.samples_per_prompt,
         out=Path(args.out),
+        weights=args.preference,
+        users=args.user,
     )
     print(f"images in {folder}")
     return 0
@@ -405,6 +429,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def generate_texts(args: argparse.Namespace, config: RunConfig) -> int:
     """`generate` of a language model: a file of answers, printed as well when they are few."""
+    refuse_asked(args, config)
     if args.negative_adapter:
         raise UserError(
             f"--negative-adapter: family {config.model.family!r} writes texts, without guidance; leave it out"
@@ -436,10 +461,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
     adapter = adapter_of(args) if args.adapter or negative is None else None
     if adapter is None and negative is None:
         raise UserError("evaluate needs an adapter; give --adapter FILE, or a run folder instead of a config")
+    if max(len(args.preference), len(args.user)) > 1:
+        raise UserError(
+            "evaluate: got several --preference or --user; expected one (pareto measures several preferences)"
+        )
     out = Path(args.out) if args.out else Path(config.output_dir) / "evaluation.json"
     if commands.is_text(config):
         from diffalign.text.commands import evaluate_adapter as evaluate_texts
 
+        refuse_asked(args, config)
         if adapter is None or negative is not None:
             raise UserError(
                 f"--negative-adapter: family {config.model.family!r} writes texts, without guidance; leave it out"
@@ -455,6 +485,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
                 alpha=args.alpha,
                 beta=args.beta,
                 against=args.against,
+                weights=next(iter(args.preference), None),
+                user=next(iter(args.user), None),
             )
         )
     print(f"written to {out}")

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from diffalign import adapters, checkpoint, evaluate, export, plugins, preflight
+from diffalign import adapters, checkpoint, evaluate, export, plugins, preferences, preflight
+from diffalign import asked as asking
 from diffalign.config import RunConfig
 from diffalign.data.loader import BatchPlan, PairMicroBatches, TokenizedPairs
 from diffalign.data.pipeline import iterate, split_held_out
@@ -90,6 +92,8 @@ def adapts_text(family: DenoisingFamily, config: RunConfig, path: Path) -> bool:
     Raises:
         CheckpointError: no such adapter.
     """
+    if asking.sees(config):
+        return False  # and there may be no LoRA to look into
     if (path / "manifest.json").is_file():
         return trains_text(config.lora)
     return bool(family.text_encoders) and export.adapts_text(path)
@@ -128,10 +132,14 @@ def generate(
     negative_adapter: Path | None = None,
     alpha: float = 1.0,
     beta: float | None = None,
+    weights: Sequence[str] = (),
+    users: Sequence[str] = (),
 ) -> Path:
     """Sample images of prompts, with an adapter if one is given, and write them with an index.
 
     A negative adapter acts in the negative branch of guidance alone: see `diffalign.sampling.guidance` for alpha and beta.
+    `weights` of rewards (`preferences.parse`) or ids of `users` are what a network that sees them is told, in turn; then
+    `grid.png` has a row for each.
     """
     preflight.check_sampling(config)
     if images_per_prompt < 1:
@@ -139,19 +147,25 @@ def generate(
     if not (prompts or config.evaluation.prompts):
         raise ConfigError("no prompt; give --prompt TEXT or --prompts FILE")
     texts = load_prompts(prompts or config.evaluation.prompts, None if prompts else config.evaluation.num_prompts)
+    told = asking.asked(config, adapter, weights, users)
+    adapter, negative_adapter = _branches(config, adapter, negative_adapter)
     require_writable(out)
     accelerator = make_accelerator(config.training, config.output_dir)
     family = open_denoising(config, accelerator)
-    adapter, negative_adapter = _branches(config, adapter, negative_adapter)
     side, frames = config.data.resolution, config.data.num_frames
     tokens = adapter is not None and adapts_text(family, config, adapter)
     sampler = Sampler(family, texts, config.sampling, side, frames=frames, tokens=tokens)
     family.load(NETWORK)
     around = _attach(family, config, adapter, negative_adapter, alpha, beta)
     asked = "guided" if negative_adapter else "adapter" if adapter else None
-    sides = ([("base", False)] if with_base or asked is None else []) + ([(asked, True)] if asked else [])
-    rows = []
-    for name, adapters_on in sides:
+    sides: list[tuple[str, bool, asking.Asked | None]] = []
+    if with_base or asked is None:
+        sides.append(("base", False, None))
+    if asked:
+        sides += [(one.label, True, one) for one in told] or [(asked, True, None)]
+    rows, shown = [], []
+    for name, adapters_on, one in sides:
+        sampler.users = None if one is None else one.embedding.expand(len(texts), -1)
         with Progress(f"sampling {name}", len(texts) * images_per_prompt) as progress:
             images = sampler.images(
                 range(len(texts)),
@@ -165,7 +179,11 @@ def generate(
             index, repeat = divmod(k, images_per_prompt)
             file = f"{index:04d}-{repeat}-{name}.png"
             save_png(image, out / file, family.frames_per_second)
-            rows.append({"file": file, "prompt": texts[index], "repeat": repeat, "side": name, "seed": seed})
+            row = {"file": file, "prompt": texts[index], "repeat": repeat, "side": name, "seed": seed}
+            rows.append(row if one is None else row | one.facts)
+        shown.append(images)
+    if told and images.ndim == 4:
+        save_png(torch.cat([torch.cat(list(row), dim=-1) for row in shown], dim=-2), out / "grid.png")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     atomic_write_text(out / "images.jsonl", text)
     return out
@@ -177,13 +195,10 @@ def _branches(
     """The adapters of both branches of guidance: that of a run which trains a negative one is for the negative branch.
 
     Raises:
-        ConfigError: a positive adapter would come into the negative branch; a run on users.
+        ConfigError: a positive adapter would come into the negative branch, or any into that of a network that sees users.
     """
-    if config.users.encoder is not None:
-        raise ConfigError(
-            "a run on users: its files are put into a stock pipeline by diffalign.user_branches.load (see "
-            "docs/how-to/personal.md)"
-        )
+    if negative_adapter is not None and asking.sees(config):
+        raise ConfigError("--negative-adapter: not beside an adapter that sees users or preferences; leave it out")
     if not config.negative.alone or negative_adapter is not None:
         return adapter, negative_adapter
     if adapter is not None and not (adapter / "manifest.json").is_file():
@@ -210,7 +225,9 @@ def _attach(
         CheckpointError: one of them does not fit.
         ConfigError: guidance is off.
     """
-    if adapter is not None:
+    if adapter is not None and asking.sees(config):
+        asking.attach(family, config, adapter)
+    elif adapter is not None:
         load_adapter(family, config, adapter)
     if negative_adapter is None:
         return nullcontext
@@ -237,6 +254,8 @@ def evaluate_adapter(
     alpha: float = 1.0,
     beta: float | None = None,
     against: Literal["base", "adapter"] = "base",
+    weights: str | None = None,
+    user: str | None = None,
 ) -> dict[str, Any]:
     """Compare base and adapter on the config's evaluation prompts and held-out pairs, and write the numbers.
 
@@ -247,8 +266,11 @@ def evaluate_adapter(
         negative_adapter: for the negative branch of guidance alone.
         alpha, beta: see `diffalign.sampling.guidance`.
         against: what is compared with: the base, or the adapter without the negative one.
+        weights: of rewards (`preferences.parse`), for an adapter that sees them; None: equal ones.
+        user: id, for an adapter that sees users.
     """
     preflight.check_sampling(config)
+    told = asking.asked(config, adapter, [weights] if weights else [], [user] if user else [])
     adapter, negative_adapter = _branches(config, adapter, negative_adapter)
     if against == "adapter" and (adapter is None or negative_adapter is None):
         raise ConfigError("--against adapter: compares --adapter with and without --negative-adapter; give both")
@@ -261,11 +283,13 @@ def evaluate_adapter(
     preflight.check_schedule(config, family)
     fraction, objective = config.evaluation.held_out_fraction, config.objective
     ranks = fraction and objective.reads_reference() and (adapter is None) != (negative_adapter is None)
-    data = prepare(config, family, accelerator).data if ranks else None
+    # People's held-out pairs are ranked, and written, by the run itself.
+    data = prepare(config, family, accelerator).data if ranks and config.users.encoder is None else None
     autocast = accelerator.autocast if config.training.mixed_precision != "no" else nullcontext
     side, frames = config.data.resolution, config.data.num_frames
     tokens = adapter is not None and adapts_text(family, config, adapter)
     sampler = Sampler(family, texts, config.sampling, side, autocast, frames, tokens=tokens)
+    sampler.users = told[0].embedding.expand(len(texts), -1) if told else None
     family.load(NETWORK)
     around = _attach(family, config, adapter, negative_adapter, alpha, beta)
     evaluation, _, _ = evaluate.compare(
@@ -282,11 +306,16 @@ def evaluate_adapter(
         result |= {"alpha": alpha, "beta": weight, "against": against}
     if data is not None:
         data = TokenizedPairs(data, family) if tokens else data
-        _, held_out = split_held_out(data.prompts, fraction)
+        kept, held_out = split_held_out(data.prompts, fraction)
         plan = BatchPlan(range(len(data)), data.target_sizes, 1, config.seed)
         dataset = PairMicroBatches(data, plan, config.denoising, family, config.seed, flipped=flipped_pairs(config))
+        if config.preference.rewards:
+            made, _ = preferences.prepare(data.extras, kept, config.preference, config.seed)
+            fixed = config.preference.fixed or told[0].embedding.double().numpy()
+            dataset.preferences = preferences.Asked(made, np.array(fixed), np.array(fixed))
         policy = Policy(family, family.adapted, autocast=autocast, denoising=config.denoising)
         result |= held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
+    result |= told[0].facts if told else {}
     atomic_write_text(out, json.dumps(result, indent=1))
     return result
 

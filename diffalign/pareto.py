@@ -1,4 +1,5 @@
-"""Several preferences against each other: mixtures of adapters and whole runs, measured by two rewards and drawn.
+"""Several preferences against each other: mixtures of adapters, whole runs, and one adapter told several weights, measured
+by two rewards and drawn.
 
 A point is *dominated* if another one is at least as good by both rewards and better by one. The area that the front encloses
 with the base (a hypervolume) says in one number how far it reaches: of two ways to make a front, the one with the larger
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign import adapters, rewards, statistics
 from diffalign._charts import Scatter, scatter
@@ -27,6 +28,8 @@ from diffalign.files import atomic_write_text
 from diffalign.progress import Progress
 from diffalign.sampling import Sampler
 
+NAMES = {"mixture": "mixtures of adapters", "run": "runs", "preference": "one adapter, told weights"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -34,8 +37,8 @@ class Point:
 
     Attributes:
         label: for people.
-        kind: "base", "mixture" or "run".
-        weights: of a mixture.
+        kind: "base", "mixture", "run" or "preference".
+        weights: of a mixture, or what an adapter was told.
         means: by reward.
         gains: over the base by reward: mean and 95 % interval.
         scores: by reward, one number per prompt.
@@ -67,8 +70,11 @@ class Measuring:
             )
         self.base: dict[str, np.ndarray[Any, Any]] | None = None
 
-    def point(self, label: str, kind: str, weights: Sequence[float] = (), *, on: bool = True) -> Point:
-        """Measure the network with its adapters on or off."""
+    def point(
+        self, label: str, kind: str, weights: Sequence[float] = (), *, on: bool = True, told: Tensor | None = None
+    ) -> Point:
+        """Measure the network with its adapters on or off; a network that sees preferences is told (K,), or nothing."""
+        self.sampler.users = None if told is None else told.expand(len(self.sampler.prompts), -1)
         count = self.evaluation.images_per_prompt
         with Progress(f"sampling {label}", len(self.sampler.prompts) * count) as progress:
             images = self.sampler.images(
@@ -125,9 +131,7 @@ def write(points: Sequence[Point], out: Path, title: str) -> Path:
     names = list(points[0].means)[:2]
     places = [(point.means[names[0]], point.means[names[1]]) for point in points]
     beaten, base = dominated(places), places[0]
-    areas = {
-        kind: area([p for p, point in zip(places, points) if point.kind == kind], base) for kind in ("mixture", "run")
-    }
+    areas = {kind: area([p for p, point in zip(places, points) if point.kind == kind], base) for kind in NAMES}
     areas = {kind: value for kind, value in areas.items() if any(point.kind == kind for point in points)}
     data = {
         "rewards": names,
@@ -135,10 +139,10 @@ def write(points: Sequence[Point], out: Path, title: str) -> Path:
         "area": areas,
     }
     atomic_write_text(out.with_suffix(".json"), json.dumps(data, indent=1))
-    kinds = ("mixture", "run", "base")
+    kinds = (*NAMES, "base")
     series = [
         Scatter(
-            name={"mixture": "mixtures of adapters", "run": "runs", "base": "base"}[kind],
+            name=NAMES.get(kind, "base"),
             points=[(*place, point.label) for place, point in zip(places, points) if point.kind == kind],
             colour=colour,
             line=kind != "base",
@@ -147,7 +151,7 @@ def write(points: Sequence[Point], out: Path, title: str) -> Path:
         if any(point.kind == kind for point in points)
     ]
     picture = scatter(series, x_label=names[0], y_label=names[1], label=title)
-    said = "; ".join(f"{ {'mixture': 'mixtures', 'run': 'runs'}[kind] } {value:.4f}" for kind, value in areas.items())
+    said = "; ".join(f"{NAMES[kind]} {value:.4f}" for kind, value in areas.items())
     rows = [
         (
             point.label,

@@ -560,7 +560,7 @@ def test_prompts_of_a_grid_are_of_users(personal: Any, tmp_path: Path) -> None:
     [
         ({"lora": {"rank": 4}}, "set it to 0, or users.through to gates"),
         ({"users": {"through": "gates", "tokens": 8, "token_size": 256}}, "lora.rank is 0"),
-        ({"users": {"through": "gates"}, "lora": {"rank": 4}}, "gates have no tokens"),
+        ({"users": {"through": "gates"}, "lora": {"rank": 4}}, "through 'gates' there are no tokens"),
         ({"users": {"encoder": "nothing"}}, "expected one of world_clip"),
         ({"users": {"encoder": None}, "lora": {"rank": 2}}, "set users.encoder"),
         ({"users": {"layers": [3]}}, "only 'vlm' encoders"),
@@ -585,8 +585,36 @@ def test_unreadable_numbers_are_refused() -> None:
         UsersConfig(dropout=1.0)
 
 
-@pytest.mark.parametrize("through", ["attention", "gates"])
-def test_plans_count_the_branch(through: str) -> None:
+def test_pictures_of_people_are_asked_for_by_id(
+    personal: Any, capsys: pytest.CaptureFixture[str], own_logging: None
+) -> None:
+    from diffalign import cli
+
+    steps = {"max_train_steps": 40, "train_batch_size": 6, "learning_rate": 1e-2}
+    looks = {"prompts": ["a red circle"], "num_prompts": 1}
+    folder = train(personal("run", training=steps, users={"dropout": 0.0}, evaluation=looks)).run_dir
+    out = folder / "pictures"
+    words = ["generate", str(folder), "--base", "--out", str(out), "--user"]
+    assert cli.main([*words, "ann", "--user", "bob", "--user", users.hashed("ann")]) == 0
+    rows = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    base, ann, bob, again = (row["file"] for row in rows)
+    assert [row.get("user") for row in rows] == [None, *(users.hashed(name) for name in ("ann", "bob", "ann"))]
+    assert ann == again, "files hold hashed ids"
+    seen = {name: (out / name).read_bytes() for name in (base, ann, bob)}
+    assert len(set(seen.values())) == 3
+    judged = ["evaluate", str(folder), "evaluation.rewards=[jpeg_compressibility]", "--user", "bob"]
+    assert cli.main([*judged, "--out", str(out / "e.json")]) == 0
+    assert json.loads((out / "e.json").read_text())["user"] == users.hashed("bob")
+    assert cli.main([*words, "zoe"]) == 2
+    assert "'zoe' is none of the 3 people" in capsys.readouterr().err
+    assert cli.main(words[:-1]) == 2
+    assert "give --user ID" in capsys.readouterr().err
+    assert cli.main([*words, "ann", "--preference", "1,0"]) == 2
+    assert "was not trained on preferences" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("through", ["attention", "gates", "time"])
+def test_plans_count_the_branch(through: Any) -> None:
     from diffalign.config_loading import load_config
     from diffalign.plan import make_plan, render
 
@@ -596,14 +624,15 @@ def test_plans_count_the_branch(through: str) -> None:
     family: Any = load_family(config.model)
     family.load(NETWORK)
     width = users.make_encoder(config.users).width
+    more = 0
     if rank:
         adapters.attach(family.network, config.lora)
-        branch: Any = UserGates(family.network, width)
         more = adapters.count(family.network, "default")[1]
-    else:
-        branch, more = UserAttention(family.network, width, config.users.tokens, config.users.token_size), 0
+    branch = user_branches.Kind(
+        through, width, config.users.tokens, config.users.token_size, user_branches.HIDDEN if through == "time" else 0
+    ).attach(family.network)
     assert plan.network.lora_parameters == more + sum(p.numel() for p in branch.parameters())
-    assert plan.network.lora_modules == len(branch.paths)
+    assert plan.network.lora_modules == (adapters.count(family.network, "default")[0] if rank else len(branch.paths))
     assert ("weighed by users" if rank else "attentions to users (world_clip)") in render(plan)
 
 
