@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign import adapters
+from diffalign import adapters, sides
 from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, TokenizedPairs, micro_batches
 from diffalign.data.pipeline import split_held_out
 from diffalign.data.prepare import REPORT, prepare
@@ -96,6 +96,7 @@ class ImageJob(Job):
             temperature=config.data.label_temperature,
             flipped=flipped_pairs(config),
             users=self.users,
+            rejected_empty=config.negative.proportion_empty_prompts if config.negative.train == "joint" else 0.0,
         )
         self.elements = dataset.example(self.kept[0], 0).noise.numel()
         self.data, self.dataset = data, dataset
@@ -136,7 +137,7 @@ class ImageJob(Job):
         prompts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
         frames = config.data.num_frames
         side, tokens = config.data.resolution, self.tokens
-        negative = (adapters.DEFAULT, config.negative.beta) if config.negative.alone else None
+        negative = sides.around_of(config)
         sampler = Sampler(
             self.family, prompts, config.sampling, side, self.autocast, frames, tokens=tokens, negative=negative
         )
@@ -170,6 +171,9 @@ class ImageJob(Job):
         return self.family.with_text_encoders() if self.tokens else self.family.network
 
     def attach(self, network: nn.Module) -> list[nn.Parameter]:
+        if self.config.negative.train == "joint":
+            sides.Sides(network, self.config)
+            return adapters.parameters(network)
         if self.users is None:
             return attach(network, self.config.lora, seed=self.config.seed)
         config, width = self.config.users, self.users.width
