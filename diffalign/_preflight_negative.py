@@ -26,6 +26,7 @@ def check_negative(config: RunConfig, family: type[DenoisingFamily]) -> None:
             f"negative.train: got {train!r}; objective {objective.name!r} makes a slightly worse copy of a model, for the "
             "negative branch of guidance: set it to 'plain'"
         )
+    _check_unread(config)
     if train is None:
         if config.negative != NegativeConfig():
             raise ConfigError(
@@ -47,6 +48,8 @@ def check_negative(config: RunConfig, family: type[DenoisingFamily]) -> None:
     if train == "empty_prompts":
         _check_empty(config)
         return
+    if train == "joint":
+        _check_joint(config)
     for key, value in (
         ("lora.experts", config.lora.experts),
         ("lora.text_encoder_rank", config.lora.text_encoder_rank),
@@ -103,6 +106,38 @@ def _check_empty(config: RunConfig) -> None:
             f"negative.train: got 'empty_prompts'; objective {config.objective.name!r} trains on sampled images here, which "
             "keep their prompt; take data with pairs, or 'flip'"
         )
+
+
+def _check_unread(config: RunConfig) -> None:
+    """Refuse settings of two adapters that are trained together where there is one, and objectives that are for two."""
+    train, objective, plain = config.negative.train, config.objective, NegativeConfig()
+    if objective.joint and train != "joint":
+        raise ConfigError(
+            f"negative.train: got {train!r}; objective {objective.name!r} trains one adapter for chosen and one for "
+            "rejected images: set it to 'joint'"
+        )
+    if train == "joint":
+        return
+    for key in ("proportion_empty_prompts", "prompt_share"):
+        if getattr(config.negative, key) != getattr(plain, key):
+            raise ConfigError(
+                f"negative.{key}: got {getattr(config.negative, key)}, which is read with negative.train 'joint' alone; "
+                "remove it"
+            )
+
+
+def _check_joint(config: RunConfig) -> None:
+    """Refuse two adapters that are trained together where an objective scores both images by one model."""
+    from diffalign.sampling.rules import samples_images
+
+    objective = config.objective
+    if not objective.joint:
+        raise ConfigError(
+            f"negative.train: got 'joint'; objective {objective.name!r} scores chosen and rejected images by one model; "
+            "take 'chats', or 'flip' for an adapter of the negative branch"
+        )
+    if samples_images(config):
+        raise ConfigError("negative.train: got 'joint', which learns from the data's pairs; remove rollout.rewards")
 
 
 def check_fused(config: RunConfig) -> None:

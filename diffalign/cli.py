@@ -368,7 +368,9 @@ def add_negative(parser: argparse.ArgumentParser) -> None:
         help="LoRA file or run folder for the negative branch of guidance alone (Diffusion-NPO); no --adapter: the base's",
     )
     parser.add_argument(
-        "--alpha", type=float, default=1.0, help="share of --adapter in the negative branch (default: 1)"
+        "--alpha",
+        type=float,
+        help="share of --adapter in the negative branch (default: 1, or 0 for two adapters that were trained together)",
     )
     parser.add_argument(
         "--beta", type=float, help="weight of the negative adapter (default: negative.beta of the config, which is 1)"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from diffalign import adapters, checkpoint, evaluate, export, plugins, preferences, preflight
+from diffalign import adapters, checkpoint, evaluate, export, plugins, preferences, preflight, sides
 from diffalign import asked as asking
 from diffalign.config import RunConfig
 from diffalign.data.loader import BatchPlan, PairMicroBatches, TokenizedPairs
@@ -130,7 +130,7 @@ def generate(
     images_per_prompt: int,
     out: Path,
     negative_adapter: Path | None = None,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     beta: float | None = None,
     weights: Sequence[str] = (),
     users: Sequence[str] = (),
@@ -138,6 +138,7 @@ def generate(
     """Sample images of prompts, with an adapter if one is given, and write them with an index.
 
     A negative adapter acts in the negative branch of guidance alone: see `diffalign.sampling.guidance` for alpha and beta.
+    alpha None is 1, or 0 for two adapters that were trained together.
     `weights` of rewards (`preferences.parse`) or ids of `users` are what a network that sees them is told, in turn; then
     `grid.png` has a row for each.
     """
@@ -199,6 +200,15 @@ def _branches(
     """
     if negative_adapter is not None and asking.sees(config):
         raise ConfigError("--negative-adapter: not beside an adapter that sees users or preferences; leave it out")
+    if config.negative.train == "joint" and adapter is not None:
+        if (adapter / "manifest.json").is_file():
+            raise ConfigError(
+                f"{adapter} is a checkpoint of two adapters that are trained together; finish the run and give its folder, "
+                "which has a file for each"
+            )
+        folder = adapter if adapter.is_dir() else adapter.parent
+        if negative_adapter is None and (folder / sides.FOLDER).is_dir():
+            negative_adapter = folder / sides.FOLDER
     if not config.negative.alone or negative_adapter is not None:
         return adapter, negative_adapter
     if adapter is not None and not (adapter / "manifest.json").is_file():
@@ -216,7 +226,7 @@ def _attach(
     config: RunConfig,
     adapter: Path | None,
     negative_adapter: Path | None,
-    alpha: float,
+    alpha: float | None,
     beta: float | None,
 ) -> Around:
     """Attach the adapters of both branches; returns what a call of the stock pipeline needs around it.
@@ -242,7 +252,13 @@ def _attach(
     if before:
         adapters.use_adapters(network, before, [1.0] * len(before))
     weight = config.negative.beta if beta is None else beta
-    return lambda pipeline: NegativeGuidance(pipeline, name, alpha=alpha, beta=weight)
+    share, rest = alpha_of(config, alpha), config.negative.prompt_share if config.negative.train == "joint" else 0.0
+    return lambda pipeline: NegativeGuidance(pipeline, name, alpha=share, beta=weight, prompt_share=rest)
+
+
+def alpha_of(config: RunConfig, alpha: float | None) -> float:
+    """The share of the positive adapter in the negative branch: none of it where each branch was trained with its own."""
+    return alpha if alpha is not None else 0.0 if config.negative.train == "joint" else 1.0
 
 
 def evaluate_adapter(
@@ -251,7 +267,7 @@ def evaluate_adapter(
     out: Path,
     *,
     negative_adapter: Path | None = None,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     beta: float | None = None,
     against: Literal["base", "adapter"] = "base",
     weights: str | None = None,
@@ -303,7 +319,7 @@ def evaluate_adapter(
     result = evaluation.headline() | {name: str(path) for name, path in found.items() if path is not None}
     if negative_adapter is not None:
         weight = config.negative.beta if beta is None else beta
-        result |= {"alpha": alpha, "beta": weight, "against": against}
+        result |= {"alpha": alpha_of(config, alpha), "beta": weight, "against": against}
     if data is not None:
         data = TokenizedPairs(data, family) if tokens else data
         kept, held_out = split_held_out(data.prompts, fraction)

@@ -451,12 +451,23 @@ class NegativeConfig:
             prediction, for the same rewards as ever (what the released code of Diffusion-NPO does for rewards): objectives
             on a sampler's steps, or that follow a reward's gradient, with `rollout.guidance_scale` above 1.
             "empty_prompts": one adapter for both branches: where the prompt is dropped
-            (`denoising.proportion_empty_prompts`), chosen and rejected change places (Diff-SNPO).
+            (`denoising.proportion_empty_prompts`), chosen and rejected change places (Diff-SNPO). "joint": two adapters, one
+            for chosen images and one for rejected ones, that act in the two branches (CHATS); each has `lora.rank`.
         beta: weight of the adapter in the negative branch when images are sampled.
+        proportion_empty_prompts: of "joint": share of the rejected images whose prompt is replaced by the empty one.
+        prompt_share: of "joint", when images are sampled: a in the negative branch's prompt, (1 + a) empty - a prompt.
     """
 
-    train: Literal["flip", "plain", "guided", "empty_prompts"] | None = None
+    train: Literal["flip", "plain", "guided", "empty_prompts", "joint"] | None = None
     beta: float = 1.0
+    proportion_empty_prompts: float = 0.5
+    prompt_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ValueError(
+                f"proportion_empty_prompts is {self.proportion_empty_prompts}; expected a share from 0 to 1"
+            )
 
     @property
     def alone(self) -> bool:

@@ -152,6 +152,8 @@ def _introduction(config: RunConfig, tree: Mapping[str, Any]) -> str:
     what = _adapter_label(config)
     if config.lora.experts:
         what = f"{len(config.lora.experts)} frozen LoRA experts and gates that fuse them by layer and denoising time (TLPO)"
+    if config.negative.train == "joint":
+        what += " and, in the folder `negative`, **one for the negative branch of classifier-free guidance**,"
     if config.negative.alone:
         what += ", **for the negative branch of classifier-free guidance alone**,"
     fused = [Path(source).name for source in config.model.adapters]
@@ -229,6 +231,11 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
             f"```bash\ndiffalign generate config.yaml {'--negative-adapter' if config.negative.alone else '--adapter'} . "
             f"{'--base ' if config.negative.alone else ''}--prompt "
             f"{json.dumps(_prompt(config))}\n```"
+        )
+    if config.negative.train == "joint":
+        parts.append(
+            "The two were trained together, each on its side of the pairs: guidance leads from one to the other. `alpha=0` "
+            "keeps the first out of the negative branch, and `prompt_share` moves that branch's prompt away from yours."
         )
     if "kohya" in files and config.negative.alone:
         parts.append(
@@ -371,6 +378,16 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
     else:
         lines.insert(1, "from diffalign.export import load_lora")
         load = f"load_lora(pipe.{_network_part(model)}, {quoted(lora)}, family={quoted(model.family)})"
+    joint = config.negative.train == "joint"
+    if joint:
+        alone, adapter = True, quoted(f"negative/{lora}")
+        lines.insert(1, "from diffalign.sampling.guidance import NegativeGuidance")
+        if not _has_lora_loader(model):
+            load += (
+                f'\nload_lora(pipe.{_network_part(model)}, {adapter}, family={quoted(model.family)}, name="negative", '
+            )
+            load += "negative=True)"
+            adapter = quoted("negative")
     frames = _frames(config)
     lines += [load] if load else []
     start = len(lines) + 1
@@ -397,6 +414,8 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
     lines += [").frames[0]" if frames > 1 else ").frames[0][0]" if video else ").images[0]"]
     if alone:
         beta = f", beta={config.negative.beta:g}" if config.negative.beta != 1 else ""
+        if joint:
+            beta = f", alpha=0{beta}, prompt_share={config.negative.prompt_share:g}"
         call = [f"with NegativeGuidance(pipe, {adapter}{beta}):", *(f"    {line}" for line in lines[start:])]
         lines[start:] = call
     if frames > 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffalign import evaluate, export, plugins, user_branches
+from diffalign import evaluate, export, plugins, sides, user_branches
 from diffalign.config import RunConfig
 from diffalign.data.loader import PairMicroBatches
 from diffalign.families import DenoisingFamily
@@ -111,7 +111,9 @@ class Outputs:
             user_branches.save(branch, files["users"], self._metadata(step) | known)
         else:
             files = {}
-        if config.lora.rank or config.lora.experts or config.lora.text_encoder_rank:
+        if (both := sides.of(policy.bare)) is not None:
+            files |= both.save(self.run_dir, family=config.model.family, metadata=self._metadata(step))
+        elif config.lora.rank or config.lora.experts or config.lora.text_encoder_rank:
             files |= export.save_lora(
                 policy.bare, config.lora, self.run_dir, family=config.model.family, metadata=self._metadata(step)
             )
@@ -136,6 +138,8 @@ class Outputs:
 
     def _held_out(self, policy: Policy, dataset: PairMicroBatches | None, held_out: Sequence[int]) -> dict[str, Any]:
         if dataset is None or not held_out or not self.config.objective.reads_reference():
+            return {}
+        if self.config.negative.train == "joint":  # each side has a model of its own: they rank nothing
             return {}
         return held_out_result(evaluate.held_out_accuracy(policy, dataset, held_out))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffalign import plugins, rewards
+from diffalign import plugins, rewards, sides
 from diffalign._plan_rollouts import (
     Sampling,
     checkpoints_steps,
@@ -219,7 +219,7 @@ class _Costs:
         resolution, frames = config.data.resolution, config.data.num_frames
         self.latent_shape = self.architecture.latent_shape(resolution, frames)
         self.network: NetworkCost = measure_network(
-            self.architecture, config.lora, shape=self.latent_shape, dtype=self.dtype, branch=wanted(config)
+            self.architecture, sides.lora_of(config), shape=self.latent_shape, dtype=self.dtype, branch=wanted(config)
         )
         self.text: TextCost | None = measure_text_encoders(self.architecture, config.lora, dtype=self.dtype)
         self.encoder: EncodeCost = measure_encoder(self.architecture.configs["vae"], resolution, frames)

@@ -635,6 +635,14 @@ def test_plans_count_the_module(through: Any) -> None:
 
 def test_the_recipe_passes_what_is_checked_before_weights_load(tmp_path: Path) -> None:
     check(load_config("demo_preference", [f"output_dir={tmp_path}"]))
+    two = [f"output_dir={tmp_path}", "preference.rewards=[gil, dev]", "data.world_pairs.rewards=[gil, dev]"]
+    for name in (
+        "demo_dpo",
+        "demo_sft",
+        "demo_ipo",
+        "demo_sdpo",
+    ):  # pairs, winners alone, with and without a log-sigmoid
+        check(load_config(name, two))
     with pytest.raises(ConfigError, match=r"data\.world_pairs\.rewards are"):
         check(load_config("demo_preference", [f"output_dir={tmp_path}", "preference.rewards=[a, b]"]))
 

@@ -240,6 +240,7 @@ class PairMicroBatches(Dataset[PairBatch]):
         flipped: pairs whose images change places: "none", "all", or those without their prompt ("empty").
         users: whose embeddings go with the text of a pair, under "user".
         preferences: who judges the pairs, in place of their labels; what the network sees of it goes the same way.
+        rejected_empty: share of the rejected images whose prompt is the empty one.
     """
 
     def __init__(
@@ -257,8 +258,10 @@ class PairMicroBatches(Dataset[PairBatch]):
         flipped: Literal["none", "all", "empty"] = "none",
         users: UserRows | None = None,
         preferences: PreferenceRows | None = None,
+        rejected_empty: float = 0.0,
     ) -> None:
-        self.flipped, self.users, self.preferences = flipped, users, preferences
+        self.rejected_empty, self.preferences = rejected_empty, preferences
+        self.flipped, self.users = flipped, users
         self.data, self.plan, self.denoising, self.seed = data, plan, denoising, seed
         self.independent, self.facts, self.label, self.temperature = independent, frozenset(facts), label, temperature
         self.image_conditioning = family.image_conditioning
@@ -290,8 +293,10 @@ class PairMicroBatches(Dataset[PairBatch]):
         if self.users is not None:
             more = {"user": self.users.of(pair) if keep_prompt else self.users.row(pair, visit)}
         prompts = ["", ""] if dropped else pair.extra.get(PROMPTS, [pair.prompt] * 2)
-        if PROMPTS in pair.extra:
-            own["rejected_text"] = self.data.text(prompts[rejected]) | more
+        # A generator of its own: timestep and noise are those of a run that keeps the prompts.
+        emptied = self.rejected_empty and not keep_prompt and self.rejected_empty > _uniform(self.seed, pair.id, visit)
+        if PROMPTS in pair.extra or emptied:
+            own["rejected_text"] = self.data.text("" if emptied else prompts[rejected]) | more
         if self.independent:
             own["rejected_t"], own["rejected_noise"], _ = draw(
                 self.denoising, generator, shape, self.num_timesteps, self.timestep_sampling
@@ -335,6 +340,11 @@ class PairMicroBatches(Dataset[PairBatch]):
         # A generator of its own: timestep and noise are those of the given labels.
         drawn = torch.rand((), generator=generator_for(self.seed, f"{pair.id} label", visit))
         return float(drawn < probability)
+
+
+def _uniform(seed: int, name: str, visit: int) -> float:
+    """A number in [0, 1) for whether the prompt of a rejected image is emptied."""
+    return float(torch.rand((), generator=generator_for(seed, f"{name} rejected prompt", visit)))
 
 
 def flip(pair: EncodedPair) -> EncodedPair:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign import adapters, preferences, user_branches
+from diffalign import adapters, preferences, sides, user_branches
 from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, TokenizedPairs, micro_batches
 from diffalign.data.pipeline import split_held_out
 from diffalign.data.prepare import REPORT, prepare
@@ -100,6 +100,7 @@ class ImageJob(Job):
             flipped=flipped_pairs(config),
             users=self.users,
             preferences=self.preferences,
+            rejected_empty=config.negative.proportion_empty_prompts if config.negative.train == "joint" else 0.0,
         )
         self.elements = dataset.example(self.kept[0], 0).noise.numel()
         self.data, self.dataset = data, dataset
@@ -159,7 +160,7 @@ class ImageJob(Job):
         prompts = load_prompts(config.evaluation.prompts, config.evaluation.num_prompts)
         frames = config.data.num_frames
         side, tokens = config.data.resolution, self.tokens
-        negative = (adapters.DEFAULT, config.negative.beta) if config.negative.alone else None
+        negative = sides.around_of(config)
         sampler = Sampler(
             self.family, prompts, config.sampling, side, self.autocast, frames, tokens=tokens, negative=negative
         )
@@ -196,14 +197,16 @@ class ImageJob(Job):
         return self.family.with_text_encoders() if self.tokens else self.family.network
 
     def attach(self, network: nn.Module) -> list[nn.Parameter]:
-        width = None if self.users is None else self.users.width
-        kind = user_branches.wanted(self.config, width)
-        if kind is None or self.config.lora.rank:
+        if self.config.negative.train == "joint":
+            sides.Sides(network, self.config)
+            return adapters.parameters(network)
+        kind = user_branches.wanted(self.config, None if self.users is None else self.users.width)
+        if kind is None:
+            return attach(network, self.config.lora, seed=self.config.seed)
+        if self.config.lora.rank:
             attach(network, self.config.lora, seed=self.config.seed)
         else:
             network.requires_grad_(False)
-        if kind is None:
-            return adapters.parameters(network)
         branch = kind.attach(network)
         adapters.train_whole(network, [f"{adapters.USERS}.{name}" for name, _ in branch.named_parameters()])
         return adapters.parameters(network)

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from diffalign.losses.composite import FDPO, WPO, Mixed
     from diffalign.losses.diffusion import (
         AWM,
+        CHATS,
         CRD,
         D3PO,
         DDPO,
@@ -331,6 +332,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "flow_dpo": "FlowDPO",
         "dual_ipo": "DualIPO",
         "snpo": "SNPO",
+        "chats": "CHATS",
         "self_npo": "SelfNPO",
         "diffusion_nft": "DiffusionNFT",
         "awm": "AWM",

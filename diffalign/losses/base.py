@@ -232,6 +232,7 @@ class Objective(ABC):
             steps as units. "differentiable": images that are sampled with gradient, see `diffusion.walks`.
         sampling: what it asks of images that are sampled for it.
         takes_sides: whether it matters which image of a pair is the chosen one.
+        joint: chosen and rejected images are scored by models of their own (`negative.train: joint`).
     """
 
     name: ClassVar[str]
@@ -250,6 +251,7 @@ class Objective(ABC):
     source: ClassVar[Source] = "data"
     sampling: ClassVar[Sampling] = Sampling()
     takes_sides: ClassVar[bool] = True
+    joint: ClassVar[bool] = False
 
     def check(self, kind: Kind) -> None:
         """Refuse a kind of score on which this objective, with these settings, means nothing.

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign import user_branches
+from diffalign import sides, user_branches
 from diffalign.adapters import adapters_off, is_adapted
 from diffalign.config import SamplingConfig
 from diffalign.families import DECODER, ENCODERS, Around, Conditioning, DenoisingFamily
-from diffalign.sampling.guidance import NegativeGuidance
 from diffalign.schedules import generator_for
 
 
@@ -29,8 +28,8 @@ class Sampler:
         autocast: the mixed-precision context of training.
         frames: of a clip, where `sampling` names none; 1 for still images.
         tokens: keep prompts as token ids, which are encoded whenever images are sampled, by text encoders with adapters.
-        negative: name of an adapter that acts in the negative branch of guidance alone, and its weight there; None: adapters
-            act everywhere.
+        negative: makes the context in which an adapter acts in the negative branch of guidance alone, and not in the
+            positive one, or in the two branches two adapters (`diffalign.sides`); None: adapters act everywhere.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class Sampler:
         frames: int = 1,
         *,
         tokens: bool = False,
-        negative: tuple[str, float] | None = None,
+        negative: Around | None = None,
     ) -> None:
         self.in_negative = negative
         self.users: Tensor | None = None  # embeddings (P, d), where prompts are of users
@@ -93,13 +92,14 @@ class Sampler:
             uint8 RGB on the CPU, as a PNG would hold it (`to_float` gives [0, 1]), shape
             (len(indices) * repeats, 3, H, W), of clips (..., 3, F, H, W), a prompt's repeats together.
         """
+        both = sides.of(self.family.network) if adapters else None
         if self.in_negative is not None and adapters:
-            name, beta = self.in_negative
-            adapters, around = False, lambda pipeline: NegativeGuidance(pipeline, name, beta=beta)
+            adapters, around = both is not None, self.in_negative
         self.family.load(DECODER)
         jobs = [(i, j) for i in indices for j in range(repeats)]
         done = []
-        with torch.no_grad(), sampling_mode(self.family.adapted, adapters=adapters), self.autocast():
+        apart = nullcontext() if both is None else both.separated()
+        with torch.no_grad(), apart, sampling_mode(self.family.adapted, adapters=adapters), self.autocast():
             negative = self.family.encode_tokens(self.negative)
             for start in range(0, len(jobs), self.sampling.batch_size):
                 chunk = jobs[start : start + self.sampling.batch_size]

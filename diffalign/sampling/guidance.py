@@ -72,6 +72,7 @@ class _Run:
     step: int = -1
     time: float = math.inf
     positive: Tensor | None = None  # of the step under way, where branches are called apart
+    prompt: dict[str, Tensor] = field(default_factory=dict)  # what the positive branch was told, then
     branches: set[str] = field(default_factory=set)
 
 
@@ -90,6 +91,8 @@ class NegativeGuidance:
         prompt_scale, prompt_steps: the negative prompt's embedding is multiplied by `prompt_scale` in the first
             `prompt_steps` steps (EchoMimicV3: 1.5 in 3, whose code multiplies anew in every step, up to 3.375). Without
             effect where the network normalises its text (Qwen-Image).
+        prompt_share: a: embeddings of the negative branch become (1 + a) negative - a positive, pooled ones, too (CHATS,
+            arXiv 2502.12579: 0.5).
         calls: "one" batch, "two" calls, or "auto": one batch if it gives the same as two.
 
     Raises:
@@ -108,11 +111,12 @@ class NegativeGuidance:
         rescale: float = 0.0,
         prompt_scale: float = 1.0,
         prompt_steps: int = 0,
+        prompt_share: float = 0.0,
         calls: Literal["auto", "one", "two"] = "auto",
     ) -> None:
         self.pipe, self.negative, self.alpha, self.beta = pipe, negative, alpha, beta
         self.scale, self.rescale = scale, rescale
-        self.prompt_scale, self.prompt_steps = prompt_scale, prompt_steps
+        self.prompt_scale, self.prompt_steps, self.prompt_share = prompt_scale, prompt_steps, prompt_share
         self.calls = "two" if isinstance(negative, nn.Module) else calls
         self.networks = [n for n in (getattr(pipe, part, None) for part in PARTS) if isinstance(n, nn.Module)]
         self._stack = ExitStack()
@@ -223,7 +227,7 @@ class NegativeGuidance:
                 raise ConfigError(NO_BRANCH)
             self._next(time)
             self._run.branches |= {"cond", "uncond"}
-            args, kwargs = self._with_prompt(args, kwargs, slice(0, len(x) // 2))
+            kwargs = self._with_prompt(kwargs, len(x) // 2)
             out = both(args, kwargs, len(x))
             if self.scale is None and not self.rescale:
                 return out
@@ -266,10 +270,10 @@ class NegativeGuidance:
             self._next(time)
             self._run.branches.add("cond")
             out = one("cond", args, kwargs)
-            self._run.positive = _tensor(out)
+            self._run.positive, self._run.prompt = _tensor(out), _prompt_of(kwargs)
             return out
         self._run.branches.add("uncond")
-        args, kwargs = self._with_prompt(args, kwargs, slice(None))
+        kwargs = self._with_prompt(kwargs)
         out = one("uncond", args, kwargs)
         if self.scale is None and not self.rescale:
             return out
@@ -293,17 +297,37 @@ class NegativeGuidance:
             guided = rescale_noise_cfg(guided, above, self.rescale)
         return ((guided - w * above) / (1 - w)).to(negative.dtype)
 
-    def _with_prompt(self, args: Any, kwargs: dict[str, Any], rows: slice) -> tuple[Any, dict[str, Any]]:
-        if self.prompt_scale == 1 or self._run.step >= self.prompt_steps:
-            return args, kwargs
-        name = "encoder_hidden_states"
-        if name not in kwargs:
+    def _with_prompt(self, kwargs: dict[str, Any], count: int | None = None) -> dict[str, Any]:
+        """Arguments of a call in which the negative branch has the prompt that is wanted.
+
+        Args:
+            kwargs: of the network.
+            count: negative rows, which come first; None: all are negative, and the positive branch was called before.
+        """
+        scale = self.prompt_scale if self._run.step < self.prompt_steps else 1.0
+        if scale == 1 and not self.prompt_share:
+            return kwargs
+        found = _prompt_of(kwargs)
+        if "encoder_hidden_states" not in found:
             raise ConfigError(
-                f"prompt_scale: {type(self.pipe).__name__} does not hand the prompt over by name; set it to 1"
+                f"prompt_scale and prompt_share: {type(self.pipe).__name__} does not hand the prompt over by name; leave "
+                "them out"
             )
-        prompt = kwargs[name].clone()
-        prompt[rows] = prompt[rows] * self.prompt_scale
-        return args, kwargs | {name: prompt}
+        changed = {}
+        for name, told in found.items():
+            negative = told if count is None else told[:count]
+            if self.prompt_share:
+                positive = self._run.prompt[name] if count is None else told[count:]
+                if positive.shape != negative.shape:
+                    raise ConfigError(
+                        f"prompt_share: prompts of {positive.shape[1]} and {negative.shape[1]} tokens cannot be mixed; "
+                        f"{type(self.pipe).__name__} does not fill them up to one length. Set it to 0"
+                    )
+                negative = (1 + self.prompt_share) * negative - self.prompt_share * positive
+            if name == "encoder_hidden_states":
+                negative = negative * scale
+            changed[name] = negative if count is None else torch.cat([negative, told[count:]])
+        return _with(kwargs, changed)
 
 
 PARTS = ("unet", "transformer", "transformer_2")
@@ -356,6 +380,23 @@ def _inputs(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     bound = dict(zip(names, args, strict=False)) | dict(kwargs)
     x = bound["sample"] if "sample" in bound else bound["hidden_states"]
     return x, float(torch.as_tensor(bound["timestep"]).flatten()[0])
+
+
+POOLED = "text_embeds"  # of SDXL, inside `added_cond_kwargs`
+
+
+def _prompt_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Embeddings of the prompt among the arguments of a network, by name."""
+    found = {name: kwargs.get(name) for name in ("encoder_hidden_states", "pooled_projections")}
+    found[POOLED] = (kwargs.get("added_cond_kwargs") or {}).get(POOLED)
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _with(kwargs: dict[str, Any], prompt: dict[str, Tensor]) -> dict[str, Any]:
+    """The same arguments with other embeddings of the prompt."""
+    pooled = {name: value for name, value in prompt.items() if name == POOLED}
+    more = {"added_cond_kwargs": kwargs["added_cond_kwargs"] | pooled} if pooled else {}
+    return kwargs | {name: value for name, value in prompt.items() if name != POOLED} | more
 
 
 def _is_doubled(x: Tensor) -> bool:

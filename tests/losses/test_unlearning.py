@@ -1,5 +1,6 @@
 """Tools of `diffalign.losses.unlearning_tools`, control tokens, and how unlearning behaves when it is trained."""
 
+import math
 import random
 
 import pytest
@@ -100,6 +101,16 @@ def test_unpii_weighs_risky_items_more():
     out = NPO(beta=0.1, retain="none")(Scores.tokens(theta, torch.zeros(2)), items)
     (grad,) = torch.autograd.grad(out.per_item.sum(), theta)
     torch.testing.assert_close(grad, torch.tensor([1.0, 1.513]))
+
+
+def test_npo_on_denoising_errors_is_dpo_with_the_chosen_side_at_the_base() -> None:
+    """gamma = beta / 2: the loss of a rejected image alone, without a partner."""
+    error, base = torch.tensor([0.30, 0.10, 0.25]), torch.tensor([0.20, 0.20, 0.25])
+    items = Items(index=torch.arange(3), label=torch.zeros(3))
+    out = NPO(beta=40.0, gamma=20.0, retain="none")(Scores.denoising(error, base), items)
+    paired = -torch.nn.functional.logsigmoid(40.0 * 0.5 * (error - base))
+    torch.testing.assert_close(out.per_item, paired)
+    assert out.per_item[0] < math.log(2) < out.per_item[1]  # a larger error than the base's is what is wanted
 
 
 def test_u2a_weighs_items_that_help_alignment():

@@ -229,6 +229,40 @@ def test_negative_prompts_can_be_scaled_in_the_first_steps(pipe: Any, name: str)
         assert torch.equal(run(pipe, name), plain)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "wan"], indirect=True)
+def test_negative_prompts_can_be_moved_away_from_the_positive_ones(pipe: Any, name: str) -> None:
+    """(1 + a) negative - a positive, sequences and pooled embeddings alike."""
+    network, share, apart = network_of(pipe), 0.5, name in APART
+    told: list[Tensor] = []
+
+    def away(value: Tensor) -> Tensor:
+        if apart:
+            told.append(value)
+            return value if len(told) % 2 else (1 + share) * value - share * told[-2]
+        below, above = value.chunk(2)
+        return torch.cat([(1 + share) * below - share * above, above])
+
+    def moved(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        for key in ("encoder_hidden_states", "pooled_projections"):
+            if kwargs.get(key) is not None:
+                kwargs[key] = away(kwargs[key])
+        more = kwargs.get("added_cond_kwargs")
+        if more:
+            kwargs["added_cond_kwargs"] = more | {"text_embeds": away(more["text_embeds"])}
+        return args, kwargs
+
+    plain = run(pipe, name)
+    hook = network.register_forward_pre_hook(moved, with_kwargs=True)
+    wanted = run(pipe, name)
+    hook.remove()
+    with NegativeGuidance(pipe, "bad", beta=0.0, prompt_share=share):
+        close(run(pipe, name), wanted)
+    assert (wanted - plain).abs().max() > 1e-4
+    with NegativeGuidance(pipe, "bad", beta=0.0, prompt_share=0.0):
+        assert torch.equal(run(pipe, name), plain)
+
+
 def test_a_whole_network_can_be_the_negative_branch(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

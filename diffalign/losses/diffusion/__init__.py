@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffalign.losses.diffusion.awm import AWM
     from diffalign.losses.diffusion.bide_dpo import BideDPO
     from diffalign.losses.diffusion.capo import CaPO
+    from diffalign.losses.diffusion.chats import CHATS
     from diffalign.losses.diffusion.crd import CRD
     from diffalign.losses.diffusion.d3po import D3PO
     from diffalign.losses.diffusion.dance_grpo import DanceGRPO
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 # Where every class is; the names of objectives are in `diffalign.losses.FAMILIES`.
 MODULES: dict[str, str] = {
+    "CHATS": "chats",
     "DDIMInPO": "inpo",
     "SmPO": "smpo",
     "SePPO": "seppo",

@@ -1,6 +1,7 @@
 """Cases of `diffalign.losses.diffusion` on pairs of denoising errors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.nn.functional import relu, softplus
 from diffalign.losses import DPO, EXO, Items, Kind, Layout, Pairs, Scores
 from diffalign.losses.diffusion.bide_dpo import BideDPO
 from diffalign.losses.diffusion.capo import CaPO
+from diffalign.losses.diffusion.chats import CHATS
 from diffalign.losses.diffusion.dmpo import DMPO
 from diffalign.losses.diffusion.dro import DiffusionDRO
 from diffalign.losses.diffusion.dual_ipo import DualIPO
@@ -308,6 +310,38 @@ def dmpo_is_exo(cls):
 
 
 # -- snpo ------------------------------------------------------------------------------------------------------------
+
+
+def chats_formula(batch, frozen):
+    """The published code's: beta on whole errors, a plus between the sides."""
+    e_w, e_l, ref_w, ref_l, pairs = errors(batch)
+    z = -3.5 * ((e_w - ref_w) + (e_l - ref_l))
+    return pairs.weight * relu(2 * pairs.p - 1) * softplus(-(z - pairs.margin))
+
+
+def chats_wants_both_sides_better(cls):
+    """A smaller error of either image costs less, and one side makes up for the other."""
+    objective = cls(beta=7.0)
+    scores, layout, _ = batch(5)
+    layout = replace(layout, pairs=replace(layout.pairs, p=1.0))
+    before = objective(scores, layout).per_item
+    for side in (layout.pairs.w, layout.pairs.l):
+        theta = scores.theta.clone()
+        theta[side] += 0.1
+        better = objective(replace(scores, theta=theta), layout).per_item
+        assert (better < before).all()
+    theta = scores.theta.clone()
+    theta[layout.pairs.w] += 0.1
+    theta[layout.pairs.l] -= 0.1
+    torch.testing.assert_close(objective(replace(scores, theta=theta), layout).per_item, before)
+
+
+def chats_leaves_out_what_is_uncertain(cls):
+    scores, layout, _ = batch(5)
+    full = cls(beta=7.0)(scores, replace(layout, pairs=replace(layout.pairs, p=1.0))).per_item
+    for p, share in ((1.0, 1.0), (0.75, 0.5), (0.5, 0.0), (0.2, 0.0)):
+        found = cls(beta=7.0)(scores, replace(layout, pairs=replace(layout.pairs, p=p))).per_item
+        torch.testing.assert_close(found, share * full)
 
 
 def snpo_formula(share):
@@ -824,6 +858,20 @@ CASES = [
             ("- bounded(reward[lose]) - margin", "- bounded(reward[lose])"),
         ],
         kinds=ALL,
+    ),
+    Case(
+        objective=CHATS,
+        make=lambda cls: cls(beta=7.0),
+        batch=batch,
+        formula=chats_formula,
+        start=Start(LOG2, [-7 / 2, -7 / 2], image_start()),
+        identities=[chats_wants_both_sides_better, chats_leaves_out_what_is_uncertain],
+        mutations=[
+            ("links.logistic(w + l - pairs.margin)", "links.logistic(w - l - pairs.margin)"),
+            ("(2 * as_rows(pairs.p, reward) - 1)", "as_rows(pairs.p, reward)"),
+            ("- pairs.margin", "+ pairs.margin"),
+        ],
+        kinds=BOUND,
     ),
     Case(
         objective=CaPO,
