@@ -71,7 +71,8 @@ def _model(plan: Plan) -> Iterator[str]:
     adapter = f"gates over {plan.lora_experts} experts" if plan.lora_experts else f"LoRA r{plan.lora_rank} on {targets}"
     if plan.users:
         adapter = f"{adapter}, weighed by users" if plan.lora_rank else f"attentions to users ({plan.users})"
-    if plan.lora_rank or plan.lora_experts or plan.users:
+    adapter = plan.sparse or adapter
+    if plan.lora_rank or plan.lora_experts or plan.users or plan.sparse:
         yield _row(adapter, f"{plan.network.lora_parameters:>15,}  parameters, trained")
         yield _row("", f"{plan.network.lora_modules:>15,}  modules")
     if plan.text_encoders is not None:
@@ -122,7 +123,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _parts(setting: Setting, unit: str) -> Iterator[str]:
     memory: Memory = setting.memory
     yield _row("network weights, frozen", _gib(memory.network))
-    yield _row("LoRA, gradients, optimiser states", _gib(memory.adapter))
+    yield _row("adapter, gradients, optimiser states", _gib(memory.adapter))
     if memory.ema:
         yield _row("EMA", _gib(memory.ema))
     if memory.encoders:

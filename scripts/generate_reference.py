@@ -33,6 +33,7 @@ SECTIONS: dict[str, type] = {
     "denoising": config.DenoisingConfig,
     "reference": config.ReferenceConfig,
     "lora": config.LoraConfig,
+    "sparse": config.SparseConfig,
     "training": config.TrainingConfig,
     "rollout": config.RolloutConfig,
     "sampling": config.SamplingConfig,
