@@ -74,7 +74,8 @@ def _model(plan: Plan) -> Iterator[str]:
     if plan.preference and plan.through is not None:
         acts = {"gates": "weighed", "time": "and a vector on the time,", "attention": "attentions, told"}[plan.through]
         adapter = f"{adapter if plan.lora_rank else ''} {acts} by {len(plan.preference)} rewards".strip()
-    if plan.lora_rank or plan.lora_experts or plan.users or plan.preference:
+    adapter = plan.sparse or adapter
+    if plan.lora_rank or plan.lora_experts or plan.users or plan.preference or plan.sparse:
         yield _row(adapter, f"{plan.network.lora_parameters:>15,}  parameters, trained")
         yield _row("", f"{plan.network.lora_modules:>15,}  modules")
     if plan.text_encoders is not None:
@@ -125,7 +126,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _parts(setting: Setting, unit: str) -> Iterator[str]:
     memory: Memory = setting.memory
     yield _row("network weights, frozen", _gib(memory.network))
-    yield _row("LoRA, gradients, optimiser states", _gib(memory.adapter))
+    yield _row("adapter, gradients, optimiser states", _gib(memory.adapter))
     if memory.ema:
         yield _row("EMA", _gib(memory.ema))
     if memory.encoders:

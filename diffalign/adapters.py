@@ -21,11 +21,13 @@ import torch
 from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from diffalign.config import LoraConfig
+from diffalign.delta_layers import DeltaLayer, delta_layers, tuner_layers, values_of, weight_changes
 from diffalign.errors import CheckpointError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -167,7 +169,7 @@ def base_layers(network: nn.Module) -> dict[str, Layer]:
     for path, module in network.named_modules():
         if path.startswith(inside):  # an adapter's own parts
             continue
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             inside = f"{path}."
             module = module.get_base_layer()
         if isinstance(module, (nn.Linear, nn.Conv2d, Conv1D)) and getattr(module, "groups", 1) == 1:
@@ -388,8 +390,8 @@ def _inject(network: nn.Module, settings: peft.LoraConfig, paths: Sequence[str],
             # Some of diffusers' networks (PixArt) have no such method.
             peft.inject_adapter_in_model(settings, network, name)
             network._hf_peft_config_loaded = True  # type: ignore[assignment]
-            for layer in lora_layers(network).values():
-                layer.set_adapter([name] if name in layer.lora_A else [])
+            for layer in tuner_layers(network):
+                layer.set_adapter([name] if isinstance(layer, LoraLayer) and name in layer.lora_A else [])
         else:
             network.add_adapter(settings, adapter_name=name)
     attached = list(lora_layers(network, name))
@@ -411,8 +413,8 @@ def lora_layers(network: nn.Module, name: str | None = None) -> dict[str, LoraLa
 def adapter_names(network: nn.Module) -> list[str]:
     """The names of the attached adapters, in the order of attachment."""
     names: dict[str, None] = {}
-    for layer in lora_layers(network).values():
-        names.update(dict.fromkeys(layer.lora_A))
+    for layer in tuner_layers(network):
+        names.update(dict.fromkeys(layer.scaling if isinstance(layer, DeltaLayer) else layer.lora_A))
     return list(names)
 
 
@@ -439,7 +441,7 @@ def parameters(network: nn.Module, name: str = "default") -> list[nn.Parameter]:
 def count(network: nn.Module, name: str | None = None) -> tuple[int, int]:
     """(adapted layers, adapter parameters) of all adapters, or of one."""
     gates = gates_of(network, name)
-    layers = lora_layers(network, name) if gates is None else gates.layers
+    layers = lora_layers(network, name).keys() | delta_layers(network, name).keys() if gates is None else gates.layers
     names = adapter_names(network) if name is None else [name]
     if gates is not None and name is None:
         names.append(gates.adapter)
@@ -458,7 +460,7 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
         raise RuntimeError(
             "adapters_off was entered with gradients enabled; wrap the reference pass in torch.no_grad()"
         )
-    layers = list(lora_layers(network).values())
+    layers = tuner_layers(network)
     branch: Any = getattr(network, USERS, None)
     if not layers and branch is None:
         raise RuntimeError("adapters_off: the network has no adapter, so its reference would be the policy itself")
@@ -495,7 +497,7 @@ def use_adapters(network: nn.Module, names: Sequence[str], weights: Sequence[flo
     if not names or len(names) != len(weights):
         raise ConfigError(f"got {len(names)} adapter names and {len(weights)} weights; expected one weight per name")
     trainable = [(p, p.requires_grad) for p in network.parameters()]
-    for layer in lora_layers(network).values():
+    for layer in tuner_layers(network):
         layer.set_adapter(list(names))
         for name, weight in zip(names, weights, strict=True):
             layer.set_scale(name, weight)
@@ -521,6 +523,8 @@ def delta_weights(network: nn.Module, name: str = "default") -> dict[str, Tensor
     Raises:
         ConfigError: no such adapter, a DoRA one (it rescales the weight and has no such sum), or gated experts.
     """
+    if delta_layers(network, name):
+        return weight_changes(network, name)
     if gates_of(network, name) is not None:
         raise ConfigError(
             f"adapter {name!r} is fused by gates that depend on the time: it is no one change of a weight"
@@ -549,6 +553,8 @@ def _tensors(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
         return gates.tensors()
     tensors: dict[str, Any] = {}
     whole = network.__dict__.get(WHOLE, ())
+    if changed := values_of(network, name):
+        return changed
     layers = lora_layers(network, name) if whole else _named(network, name)
     for path, layer in layers.items():
         tensors[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
@@ -564,13 +570,20 @@ def _tensors(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def state_dict(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The adapter in peft's file format: float32 copies on the CPU. Of fused experts, the gates and hashes of the experts.
 
+    Of changed weights values (float32), their places (int32), and hash and norms of the base (`diffalign.sparse`).
+
     Raises:
         ConfigError: no such adapter.
     """
     tensors: dict[str, Tensor] = dict(_tensors(network, name))
     if (gates := gates_of(network, name)) is not None:
         tensors[_MARKS] = gates.marks
-    return {key: p.detach().to("cpu", torch.float32, copy=True).contiguous() for key, p in tensors.items()}
+    found = {key: p.detach().to("cpu", torch.float32, copy=True).contiguous() for key, p in tensors.items()}
+    if delta_layers(network, name):
+        from diffalign.sparse import fixed  # which imports this module
+
+        found |= {key: value.to("cpu", copy=True) for key, value in fixed(network, name).items()}
+    return found
 
 
 def load_state_dict(network: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
@@ -584,6 +597,10 @@ def load_state_dict(network: nn.Module, state: Mapping[str, Tensor], name: str =
     if (gates := gates_of(network, name)) is not None:
         check_state({**tensors, _MARKS: gates.marks}, state, f"adapter {name!r}")
         gates.require_marks(state[_MARKS])
+    elif delta_layers(network, name):
+        from diffalign.sparse import load_fixed
+
+        load_fixed(network, name, state, tensors)
     else:
         check_state(tensors, state, f"adapter {name!r}")
     with torch.no_grad():

@@ -14,9 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from diffalign.adapters import lora_layers
+from diffalign.delta_layers import DeltaLayer, delta_layers
 from diffalign.errors import ConfigError
 
 Mix: TypeAlias = Mapping[str, float]  # adapter -> weight, on top of the scale that it was trained with
@@ -37,7 +39,9 @@ class Branches:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.layers: dict[str, Any] = dict(lora_layers(network))
+        # A layer of changed weights may stand inside of a LoRA's, which calls it.
+        inner = {f"{path} (weights)": layer for path, layer in delta_layers(network).items()}
+        self.layers: dict[str, Any] = lora_layers(network) | inner
         if not self.layers:
             raise ConfigError("the network has no LoRA adapter; load one before its branches are told apart")
         for path, layer in self.layers.items():
@@ -45,13 +49,13 @@ class Branches:
                 raise ConfigError(
                     f"adapters are fused into {path}: their rows cannot be told apart; call unfuse_lora() first"
                 )
-            if any(layer.use_dora.values()):
+            if not isinstance(layer, DeltaLayer) and any(layer.use_dora.values()):
                 raise ConfigError(f"{path} has a DoRA adapter, which does not add up with others; expected plain LoRA")
         self.parts: tuple[Mix, ...] | None = None
 
     def names(self) -> set[str]:
         """Adapters that some layer has."""
-        return {name for layer in self.layers.values() for name in (*layer.lora_A, *layer.lora_embedding_A)}
+        return {name for layer in self.layers.values() for name in _names(layer)}
 
     def active(self) -> dict[str, float]:
         """The adapters that act now, each with weight 1: the mixture that the network has without us.
@@ -61,7 +65,7 @@ class Branches:
         found: dict[str, float] = {}
         for layer in self.layers.values():
             if not layer.disable_adapters:
-                found |= {name: 1.0 for name in layer.active_adapters if name in layer.lora_A}
+                found |= {name: 1.0 for name in layer.active_adapters if name in _names(layer)}
         return found
 
     @contextmanager
@@ -108,6 +112,14 @@ class Branches:
                 raise RowsUnknownError(
                     f"{path}: {len(x)} rows cannot be cut into {len(self.parts)} parts, so its adapters cannot be told apart"
                 )
+            if isinstance(layer, DeltaLayer):
+                mixes = [
+                    {n: w * layer.scaling[n] for n, w in part.items() if n in layer.scaling} for part in self.parts
+                ]
+                if all(mix == mixes[0] for mix in mixes):
+                    return layer.mixed(mixes[0], x, *args, **kwargs)  # type: ignore[no-any-return]
+                rows = zip(mixes, x.chunk(len(mixes)), strict=True)
+                return torch.cat([layer.mixed(mix, part, *args, **kwargs) for mix, part in rows])
             out = layer.base_layer(x, *args, **kwargs)
             kind = out.dtype
             for name in layer.lora_A:
@@ -119,11 +131,16 @@ class Branches:
                 size = len(x) // len(weights)
                 for number, weight in enumerate(weights):
                     if weight:
-                        rows = slice(number * size, (number + 1) * size)
-                        out[rows] += scaled(layer, name, x[rows], weight)
+                        own = slice(number * size, (number + 1) * size)
+                        out[own] += scaled(layer, name, x[own], weight)
             return out.to(kind)  # type: ignore[no-any-return]
 
         return forward
+
+
+def _names(layer: Any) -> tuple[str, ...]:
+    """Adapters of a layer."""
+    return tuple(layer.scaling) if isinstance(layer, DeltaLayer) else (*layer.lora_A, *layer.lora_embedding_A)
 
 
 def scaled(layer: Any, name: str, x: Tensor, weight: float) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from diffalign import adapters, checkpoint, evaluate, export, plugins, preferences, preflight, sides
+from diffalign import adapters, checkpoint, evaluate, export, plugins, preferences, preflight, sides, sparse
 from diffalign import asked as asking
 from diffalign.config import RunConfig
 from diffalign.data.loader import BatchPlan, PairMicroBatches, TokenizedPairs
@@ -72,8 +72,11 @@ def load_adapter(
         ours = {k.removeprefix("diffalign."): v for k, v in info.metadata.items() if k.startswith("diffalign.")}
         return ours | {"role": info.role}
     found = checkpoint.load(path, config)
-    params = attach(network, config.lora, name=name)
-    adapters.load_state_dict(network, found.adapter, name)
+    if config.sparse.method is not None:
+        params = sparse.attach_state(network, found.adapter, config.sparse.method, name, what=str(path))
+    else:
+        params = attach(network, config.lora, name=name)
+        adapters.load_state_dict(network, found.adapter, name)
     if "ema" in found.state:  # the average is what a run samples and saves
         with torch.no_grad():
             for param, average in zip(params, found.state["ema"]["shadow_params"], strict=True):

@@ -579,8 +579,8 @@ class LoraConfig:
     """The adapter, in peft's terms.
 
     Attributes:
-        rank: LoRA rank r. 0: none on the network, where the text encoders have one (TexForce) or users have attentions of
-            their own (PPD).
+        rank: LoRA rank r. 0: none on the network, where the text encoders have one (TexForce), users have attentions of
+            their own (PPD), or the weights themselves are changed (section `sparse`).
         alpha: scale is alpha / rank (alpha / sqrt(rank) with `use_rslora`). None means alpha = rank.
         targets: "attention" (queries, keys, values and outputs, of a transformer's text side, too), "attention+ff", "all"
             (every linear and convolution of the blocks), or a list of module name endings.
@@ -614,6 +614,39 @@ class LoraConfig:
     experts: tuple[str, ...] = ()
     gate: Literal["softmax", "sigmoid"] = "softmax"
     gate_features: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """Entries of the weights that are trained instead of a LoRA (`lora.rank: 0`), as a change beside the frozen base.
+
+    Attributes:
+        method: "sara": the entries smaller than a threshold (SaRA, arXiv 2409.06633). "lift": the largest entries of each
+            matrix's low-rank part (LIFT, arXiv 2506.00772). "hft": every entry of a seeded half of the matrices (HFT, arXiv
+            2404.18466). null: none of them.
+        targets: which layers, as `lora.targets`.
+        threshold: of "sara": entries with |w| below it are trained (published: 2e-3; try 5e-4 to 2e-3). The published
+            learning rate is 1e-3 exp(-350 threshold), 5.0e-4 for 2e-3; it is not set by itself.
+        biases_and_norms: of "sara": also the small entries of these layers' biases, and of the norms in the blocks, as
+            published.
+        nuclear_norm: of "sara": weight of a penalty on the sum of singular values of the trained entries W0 + change, all
+            others zero, of one linear layer a step, drawn from those whose both sides are above 64 (published: 5e-4). It
+            takes a singular value decomposition a step; 0: none.
+        reselect_at: of "sara": after this optimiser step, entries that have grown to the threshold stay as they are
+            (published: half of the run); null: all are trained to the end.
+        rank: of "lift": k = rank (rows + columns) entries of a matrix are trained, as many as a LoRA of that rank has; a
+            matrix with fewer is trained in full. A convolution is a matrix of its outputs and of everything else.
+        filter_rank: of "lift": rank of the low-rank part.
+    """
+
+    method: Literal["sara", "lift", "hft"] | None = None
+    targets: str | tuple[str, ...] = "all"
+    threshold: float = 2e-3
+    biases_and_norms: bool = False
+    nuclear_norm: float = 0.0
+    reselect_at: int | None = None
+    rank: int = 128
+    filter_rank: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -811,6 +844,7 @@ class RunConfig:
     users: UsersConfig = field(default_factory=UsersConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

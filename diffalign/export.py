@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import diffalign
 from diffalign import adapters
 from diffalign.config import LoraConfig
+from diffalign.delta_layers import delta_layers
 from diffalign.errors import CheckpointError
 from diffalign.lora_format import (
     TEXT_MODEL,
@@ -72,7 +73,7 @@ class LoraInfo:
 
     Attributes:
         path: the file.
-        style: "diffusers", "kohya", or "gated" (several experts).
+        style: "diffusers", "kohya", "gated" (several experts), or "delta" (changed weights, without rank and alpha: 0).
         name: the adapter's name in the network.
         modules: number of adapted layers.
         rank: the most frequent rank.
@@ -137,6 +138,12 @@ def save_lora(
         from diffalign.gates import save_gated
 
         return {"gated": save_gated(network, Path(out_dir), facts=facts, dtype=dtype)}
+    if delta_layers(network, name):
+        from diffalign.delta_files import save_delta, save_differences
+
+        found = {"delta": save_delta(network, Path(out_dir), facts=facts, name=name, dtype=dtype)}
+        comfy = save_differences(network, Path(out_dir), family=family, facts=facts, name=name, dtype=dtype)
+        return found if comfy is None else found | {"comfyui": comfy}
     own = adapters.state_dict(network, name)
     if state is not None:
         adapters.check_state(own, state, "the state to export")
@@ -365,8 +372,9 @@ def find_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such adapter; expected a .safetensors file or a run folder with {FILE_NAME}")
-    if (path / FILE_NAME).is_file():
-        return path / FILE_NAME
+    for name in (FILE_NAME, "delta_weights.safetensors"):
+        if (path / name).is_file():
+            return path / name
     if (path / "manifest.json").is_file():
         raise CheckpointError(
             f"{path} is a training checkpoint, whose alpha is in its manifest; write adapter files from it with "
@@ -445,6 +453,11 @@ def load_lora(
 
         check_family(file, metadata, family)
         return load_gated(network, file, name=name, trainable=trainable)
+    if "diffalign.delta" in metadata:
+        from diffalign.delta_files import load_delta
+
+        check_family(file, metadata, family)
+        return load_delta(network, file, name=name, trainable=trainable)
     origin = _origin(metadata)
     style = "kohya" if any(key.startswith(("lora_unet_", "lora_te")) for key in tensors) else "diffusers"
     found = [

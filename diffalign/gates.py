@@ -201,6 +201,8 @@ def check_expert(source: str, family: str | None = None) -> tuple[Path, dict[str
         raise ConfigError(
             f"lora.experts: {file} holds gated experts itself; name single LoRA files or their run folders"
         )
+    if "diffalign.delta" in metadata:
+        raise ConfigError(f"lora.experts: {file} holds changed weights (section sparse); experts are LoRA files")
     if family is not None and of != family:
         raise ConfigError(f"lora.experts: {file} is an adapter for {of!r}, got model.family {family!r}")
     if any(key.endswith((".dora_scale", ".lora_magnitude_vector")) for key in keys):

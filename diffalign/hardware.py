@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from diffalign.config import RunConfig, TrainingConfig
 from diffalign.errors import ConfigError, MissingExtraError
@@ -28,6 +28,8 @@ def make_accelerator(training: TrainingConfig, output_dir: str) -> Accelerator:
         torch.set_num_threads(training.threads)
     # While the main process samples and evaluates, the others wait for it: longer than torch's ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    # Buffers are constants, sent once at the start; those of changed weights are as large as what is trained.
+    wrapper = DistributedDataParallelKwargs(broadcast_buffers=False)
     # accelerate keeps the precision of a process's first run; a second run in the same process may want another.
     AcceleratorState._reset_state()
     try:
@@ -38,7 +40,7 @@ def make_accelerator(training: TrainingConfig, output_dir: str) -> Accelerator:
             project_dir=output_dir,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[patience],
+            kwargs_handlers=[patience, wrapper],
         )
     except ValueError as error:
         raise ConfigError(

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import flop_registry
 
 from diffalign.adapters import lora_layers
 from diffalign.architecture import Architecture
-from diffalign.config import LoraConfig
+from diffalign.config import LoraConfig, SparseConfig
+from diffalign.delta_layers import delta_layers
 from diffalign.errors import ConfigError
 from diffalign.families._pipeline import PipelineFamily
 from diffalign.families.published import MAX_TOKENS, build_from_config
@@ -165,6 +166,7 @@ def measure_network(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     branch: Kind | None = None,
+    sparse: SparseConfig | None = None,
 ) -> NetworkCost:
     """Count one image or clip through the network as its family calls it.
 
@@ -174,13 +176,14 @@ def measure_network(
         shape: (C, h, w) or (C, F, h, w) of the latents.
         dtype: of the frozen weights; below float32 the training pass is counted under autocast to it.
         branch: for users or preferences, where one is trained.
+        sparse: entries of the weights, where they are trained; of SaRA all entries of its layers are counted.
 
     Raises:
         ConfigError: a class that cannot be built or whose inputs are not known, or LoRA targets that name no layer.
     """
     key = json.dumps([architecture.network, architecture.conditioning], sort_keys=True)
     family = architecture.family
-    return _measure_network(_Call(key, family, architecture), lora, shape, dtype, branch)
+    return _measure_network(_Call(key, family, architecture), lora, shape, dtype, branch, sparse)
 
 
 class _Call:
@@ -218,8 +221,14 @@ class _Call:
 
 @lru_cache(maxsize=8)
 def _measure_network(
-    call: _Call, lora: LoraConfig, shape: tuple[int, ...], dtype: torch.dtype, kind: Kind | None = None
+    call: _Call,
+    lora: LoraConfig,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kind: Kind | None = None,
+    sparse: SparseConfig | None = None,
 ) -> NetworkCost:
+    from diffalign import sparse as entries
     from diffalign.adapters import attach, count
 
     network: Any = build_from_config(call.config, device="meta", dtype=dtype).requires_grad_(False)
@@ -229,6 +238,9 @@ def _measure_network(
     modules, lora_parameters = 0, 0
     if lora.rank or lora.experts:
         attach(network, network_lora(lora))
+        modules, lora_parameters = count(network, "default")
+    if sparse is not None and sparse.method is not None:
+        entries.attach(network, sparse)
         modules, lora_parameters = count(network, "default")
     if kind is not None:
         branch = kind.attach(network)
@@ -260,7 +272,7 @@ def _measure_network(
 
 
 def _count_adapters(network: Any, counter: _Flops) -> list[int]:
-    """Let the forward pass append the operations of every adapter's two factors: the reference has all but these."""
+    """Let the forward pass append the operations of every adapter: the reference has all but these."""
     found: list[int] = []
 
     def before(module: Any, args: Any) -> None:
@@ -269,6 +281,18 @@ def _count_adapters(network: Any, counter: _Flops) -> list[int]:
     def after(module: Any, args: Any, output: Any) -> None:
         found.append(counter.total)
 
+    for changed in delta_layers(network).values():
+        totals: list[int] = []  # after the layer itself, and where its change runs apart, after that
+
+        def ran(module: Any, args: Any, output: Any, totals: list[int] = totals) -> None:
+            totals.append(counter.total)
+
+        def done(module: Any, args: Any, output: Any, totals: list[int] = totals) -> None:
+            found.append(totals[-1] - totals[0])
+            totals.clear()
+
+        changed.base_layer.register_forward_hook(ran)
+        changed.register_forward_hook(done)
     for layer in lora_layers(network).values():
         for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
             factor.register_forward_pre_hook(before)

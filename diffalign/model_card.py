@@ -17,6 +17,7 @@ from diffalign.config_loading import to_tree
 from diffalign.errors import did_you_mean
 from diffalign.files import atomic_write_text
 from diffalign.preferences import said
+from diffalign.sparse import describe, label
 from diffalign.summary import objective_summary
 from diffalign.text_encoders import text_lora, trains_text
 from diffalign.world.names import TINY_BASES
@@ -31,7 +32,7 @@ CALL_ARGUMENTS = {
 }
 GUIDANCE = {"qwen_image": "true_cfg_scale"}  # what the others call guidance_scale
 FRAMES_PER_SECOND = {"wan": 16}  # the other clips have 8
-_FILE_KINDS = ("diffusers", "kohya", "gated", "users")
+_FILE_KINDS = ("diffusers", "kohya", "gated", "users", "delta", "comfyui")
 
 
 def write_card(
@@ -131,7 +132,8 @@ def caveats(tree: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[s
 
 
 def _front_matter(config: RunConfig) -> str:
-    tags = ["diffusers", "lora", "preference-alignment", "diffalign", objective_name(config), config.model.family]
+    kind = config.sparse.method or "lora"
+    tags = ["diffusers", kind, "preference-alignment", "diffalign", objective_name(config), config.model.family]
     head: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-video" if _frames(config) > 1 else "text-to-image",
@@ -182,6 +184,8 @@ def _adapter_label(config: RunConfig) -> str:
             "attention": "Attentions",
         }[config.preference.through]
         return f"{what} by weights of {len(config.preference.rewards)} rewards ({', '.join(config.preference.rewards)})"
+    if config.sparse.method is not None:
+        return describe(config.sparse)
     lora, own = config.lora, text_lora(config.lora)
     text = f"(rank {own.rank}, alpha {own.rank if own.alpha is None else own.alpha:g})"
     if not lora.rank:
@@ -199,7 +203,7 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
             f"Pairs were judged by {said(config.preference.fixed, config.preference.rewards)} "
             f"(scale: {config.preference.scale}); the adapter is for this trade alone."
         )
-    lora = files.get("diffusers", files.get("gated"))
+    lora = next((files[kind] for kind in ("diffusers", "gated", "delta") if kind in files), None)
     if lora is None:
         parts.append("The adapter has not been exported yet: training did not finish.")
     elif config.model.random_weights:
@@ -219,6 +223,13 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
             parts.append(
                 "Loaded as an ordinary LoRA it does the opposite of what it is for: it acts in the branch that guidance "
                 "subtracts. `alpha` is the share of your other adapters in that branch, `beta` the weight of this one."
+            )
+        elif "delta" in files:
+            parts.append(
+                "This is no LoRA: `load_lora_weights` and web UIs cannot read the file, and it fits only the base that it "
+                "was trained on. `diffalign export config.yaml --adapter . --out FOLDER --fp16` writes the whole difference "
+                "of every changed layer for ComfyUI's *Load LoRA* node, as large as these layers (the keys were read in "
+                "ComfyUI's code; it was not run). `diffalign.adapters.use_adapters(network, ['default'], [0.7])` weakens it."
             )
         elif _has_lora_loader(config.model):
             parts.append("`adapter_weights` in `pipe.set_adapters('default_0', adapter_weights=0.7)` weakens it.")
@@ -363,7 +374,7 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
     if alone:
         lines.insert(1, "from diffalign.sampling.guidance import NegativeGuidance")
         load = ""
-        if not _has_lora_loader(model):
+        if not _has_lora_loader(model) or config.sparse.method is not None:
             lines.insert(1, "from diffalign.export import load_lora")
             load = (
                 f'load_lora(pipe.{_network_part(model)}, {quoted(lora)}, family={quoted(model.family)}, name="negative", '
@@ -373,7 +384,7 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
     elif config.lora.experts:
         lines.insert(1, "from diffalign.gates import load_gated")
         load = f"load_gated(pipe.{_network_part(model)}, {quoted(lora)})"
-    elif _has_lora_loader(model):
+    elif _has_lora_loader(model) and config.sparse.method is None:
         load = f'pipe.load_lora_weights(".", weight_name={quoted(lora)})'
     else:
         lines.insert(1, "from diffalign.export import load_lora")
@@ -579,6 +590,8 @@ def _targets(config: RunConfig, section: Mapping[str, Any]) -> list[tuple[str, s
     """Rows about what is adapted."""
     if config.lora.experts:
         return [("LoRA targets", "those of the experts")]
+    if config.sparse.method is not None:
+        return [("trained entries", label(config.sparse))]
     rows = [("LoRA targets", str(section.get("targets")))] if config.lora.rank else []
     if trains_text(config.lora):
         rows.append(("LoRA targets, text encoders", str(section.get("text_encoder_targets"))))

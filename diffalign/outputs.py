@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffalign import evaluate, export, plugins, sides, user_branches
+from diffalign import __version__, delta_files, evaluate, export, plugins, sides, user_branches
 from diffalign.config import RunConfig
 from diffalign.data.loader import PairMicroBatches
 from diffalign.families import DenoisingFamily
@@ -111,6 +111,9 @@ class Outputs:
             user_branches.save(branch, files["users"], self._metadata(step) | known)
         else:
             files = {}
+        if config.sparse.method is not None:
+            facts_of_file = {"family": config.model.family, "version": __version__} | self._metadata(step)
+            files |= {"delta": delta_files.save_delta(policy.bare, self.run_dir, facts=facts_of_file)}
         if (both := sides.of(policy.bare)) is not None:
             files |= both.save(self.run_dir, family=config.model.family, metadata=self._metadata(step))
         elif config.lora.rank or config.lora.experts or config.lora.text_encoder_rank:

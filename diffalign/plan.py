@@ -38,6 +38,7 @@ from diffalign.measure import (
     measure_text_encoders,
 )
 from diffalign.sampling.rules import kind_of
+from diffalign.sparse import label
 from diffalign.summary import objective_summary
 from diffalign.user_branches import wanted
 
@@ -174,6 +175,7 @@ class Plan:
     lora_targets: str | tuple[str, ...]
     lora_experts: int  # that are fused; 0: a new adapter is trained
     lora_text_rank: int
+    sparse: str | None  # entries of the weights that are trained in place of a LoRA
     network: NetworkCost
     text_encoders: TextCost | None
     latent_shape: tuple[int, ...]
@@ -219,7 +221,12 @@ class _Costs:
         resolution, frames = config.data.resolution, config.data.num_frames
         self.latent_shape = self.architecture.latent_shape(resolution, frames)
         self.network: NetworkCost = measure_network(
-            self.architecture, sides.lora_of(config), shape=self.latent_shape, dtype=self.dtype, branch=wanted(config)
+            self.architecture,
+            sides.lora_of(config),
+            shape=self.latent_shape,
+            dtype=self.dtype,
+            branch=wanted(config),
+            sparse=config.sparse,
         )
         self.text: TextCost | None = measure_text_encoders(self.architecture, config.lora, dtype=self.dtype)
         self.encoder: EncodeCost = measure_encoder(self.architecture.configs["vae"], resolution, frames)
@@ -239,7 +246,7 @@ class _Costs:
         )  # bytes per number; Adafactor's are factored
         return Memory(
             network=weights,
-            adapter=trained * (4 + 4 + states),
+            adapter=trained * (4 + 4 + states + (4 if self.config.sparse.method in ("sara", "lift") else 0)),  # places
             ema=0 if training.ema_decay is None else trained * 4,
             encoders=0 if self.config.cache.enabled or not self.has_pairs else self._encoding(2),
             activations=kept,
@@ -415,6 +422,11 @@ def make_plan(
         notes.append(f"evaluation also downloads its reward models: {', '.join(with_weights)}")
     if config.rollout.rewards and sampling is not None:
         notes.append(f"memory and time of the reward models come on top: {', '.join(config.rollout.rewards)}")
+    if config.sparse.method == "sara":
+        notes.append(
+            "SaRA: which entries are below sparse.threshold is known when weights are there; parameters, memory and time "
+            "are those of all entries of its layers, the most there can be"
+        )
     return Plan(
         model=costs.architecture.source,
         assumed=costs.architecture.assumed,
@@ -430,6 +442,7 @@ def make_plan(
         lora_targets=config.lora.targets,
         lora_experts=len(config.lora.experts),
         lora_text_rank=config.lora.text_encoder_rank,
+        sparse=None if config.sparse.method is None else label(config.sparse),
         network=costs.network,
         text_encoders=costs.text,
         latent_shape=costs.latent_shape,

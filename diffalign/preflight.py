@@ -11,6 +11,7 @@ from diffalign import plugins
 from diffalign._preflight_images import check_errors, check_groups, check_round, check_schedule, check_unread
 from diffalign._preflight_negative import check_fused, check_negative
 from diffalign._preflight_rewards import READ_BY_REWARDS, UNREAD_BY_REWARDS, check_reward_run
+from diffalign._preflight_sparse import check_sparse_run
 from diffalign._preflight_users import check_preference, check_users
 from diffalign.config import GenerationConfig, RolloutConfig, RunConfig
 from diffalign.errors import ConfigError, DataError, did_you_mean
@@ -44,7 +45,9 @@ def check(config: RunConfig) -> None:
     family.preflight(config.model)
     check_objective(config, family)
     plugins.find("readers", config.data.format)
-    check_lora(config.lora, others=config.users.encoder is not None or config.preference.seen)
+    check_sparse_run(config)
+    others = config.users.encoder is not None or config.preference.seen or config.sparse.method is not None
+    check_lora(config.lora, others=others)
     if config.lora.experts:
         _check_experts(config, family)
     _check_training(config)
@@ -233,6 +236,7 @@ _ONLY: dict[str, tuple[str, ...]] = {
         "negative",
         "users",
         "preference",
+        "sparse",
         "model.adapters",
         "cache",
         "sampling",

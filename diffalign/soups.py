@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffalign import adapters, export
 from diffalign.adapters import lora_layers
 from diffalign.config import RunConfig
+from diffalign.delta_layers import delta_layers
 from diffalign.errors import ConfigError
 from diffalign.families import DenoisingFamily
 
@@ -102,6 +103,11 @@ def merge(network: nn.Module, names: Sequence[str], weights: Sequence[float]) ->
     """
     ranks: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
+    if changed := {name for layer in delta_layers(network).values() for name in layer.scaling} & set(names):
+        raise ConfigError(
+            f"{', '.join(sorted(changed))}: changed weights (SaRA, LIFT, HFT) have no rank, and no LoRA does what they do; "
+            "merge LoRA files alone"
+        )
     layers: dict[str, Any] = dict(lora_layers(network))
     for path, layer in layers.items():
         here = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in layer.lora_A]

@@ -127,7 +127,7 @@ def train(config: RunConfig) -> TrainResult:
     )
     summary = job.summary()
     log.info(
-        "%s on %d %s (%d held out): %d LoRA modules, %s trained parameters; effective batch %d = %d x %d x %d processes; "
+        "%s on %d %s (%d held out): %d adapted modules, %s trained parameters; effective batch %d = %d x %d x %d processes; "
         "learning rate in use %g; %.2f passes over the data",
         objective.title,
         job.count,
@@ -210,7 +210,7 @@ def train(config: RunConfig) -> TrainResult:
                     out = job.loss(batch)
                     require_finite(step + 1, batch.ids, out.per_item, last_checkpoint)
                     share = len(out.per_item) / job.micro_batch
-                    accelerator.backward(out.loss * share / accumulation)
+                    accelerator.backward((out.loss + job.penalty(step, out)) * share / accumulation)
                 counted += len(out.per_item)
                 job.record(metrics, batch, out)
             if job.own_gradients:
@@ -219,6 +219,7 @@ def train(config: RunConfig) -> TrainResult:
             grad_norm = clip(accelerator, params, training.max_grad_norm)
             rates = [float(rate) for rate in scheduler.get_last_lr()]
             optimizer.step()
+            job.after_update(step + 1)
             # A step that the fp16 loss scaler skipped does not count for the schedule.
             if not accelerator.optimizer_step_was_skipped:
                 scheduler.step()

@@ -34,6 +34,8 @@ class Mutation:
 
 OBJECTIVES = "tests/test_denoising_scores.py tests/losses/test_links.py"
 GATES = "tests/test_gates.py"
+SPARSE = "tests/test_sparse.py"
+SPARSE_RUN = "tests/test_sparse_run.py"
 TRAJECTORIES = "tests/sampling/test_trajectories.py"
 ROLLOUTS = "tests/sampling/test_rollouts.py"
 INVERSION = "tests/test_inversion.py"
@@ -109,6 +111,83 @@ MUTATIONS = (
         OBJECTIVES,
     ),
     Mutation(
+        "SaRA also trains entries at the threshold",
+        "diffalign/sparse.py",
+        "abs() < threshold",
+        "abs() <= threshold",
+        SPARSE,
+    ),
+    Mutation(
+        "SaRA holds the small entries",
+        "diffalign/sparse.py",
+        ".abs() >= self.config.threshold",
+        ".abs() < self.config.threshold",
+        SPARSE,
+    ),
+    Mutation(
+        "held entries follow moments and weight decay",
+        "diffalign/sparse.py",
+        "layer.values(kind)[self.name].index_copy_(0, rows, values)",
+        "pass",
+        SPARSE,
+    ),
+    Mutation(
+        "held entries keep their gradient",
+        "diffalign/delta_layers.py",
+        "torch.where(held[name], values.detach(), values) if name in held else values",
+        "values",
+        SPARSE,
+    ),
+    Mutation(
+        "LIFT of the whole sketch instead of its rank",
+        "diffalign/sparse.py",
+        "(u[:, :rank] * s[:rank]) @ v[:, :rank].T",
+        "(u * s) @ v.T",
+        SPARSE,
+    ),
+    Mutation(
+        "HFT gives odd groups one more every time",
+        "diffalign/sparse.py",
+        "count, turn = count + turn, 1 - turn",
+        "count, turn = count + 1, 1 - turn",
+        SPARSE,
+    ),
+    Mutation(
+        "a change of another base is taken",
+        "diffalign/sparse.py",
+        "    if not same:\n",
+        "    if False:\n",
+        SPARSE,
+    ),
+    Mutation(
+        "places are chosen again at load",
+        "diffalign/sparse.py",
+        "layer.index(kind)[name].copy_(",
+        "layer.index(kind)[name].clone().copy_(",
+        SPARSE,
+    ),
+    Mutation(
+        "a change is rounded with its weight",
+        "diffalign/delta_layers.py",
+        "if full and (x.is_meta",
+        "if True or (x.is_meta",
+        SPARSE,
+    ),
+    Mutation(
+        "the nuclear norm without gradient",
+        "diffalign/jobs/image.py",
+        "        return value\n",
+        "        return value.detach()\n",
+        SPARSE_RUN,
+    ),
+    Mutation(
+        "no second choice of entries in a run",
+        "diffalign/jobs/image.py",
+        "self.reselection.after_update(step)",
+        "pass",
+        SPARSE_RUN,
+    ),
+    Mutation(
         "reference with adapters on",
         "diffalign/policy.py",
         "with adapters_off(self.bare), self.autocast():",
@@ -160,8 +239,8 @@ MUTATIONS = (
     Mutation(
         "accumulated gradients not averaged",
         "diffalign/trainer.py",
-        "out.loss * share / accumulation)",
-        "out.loss * share)",
+        "job.penalty(step, out)) * share / accumulation)",
+        "job.penalty(step, out)) * share)",
         "tests/test_trainer.py -k accumulation",
     ),
     Mutation(

@@ -37,6 +37,7 @@ SECTIONS: dict[str, type] = {
     "preference": config.PreferenceConfig,
     "lora": config.LoraConfig,
     "judge": config.JudgeConfig,
+    "sparse": config.SparseConfig,
     "training": config.TrainingConfig,
     "rollout": config.RolloutConfig,
     "sampling": config.SamplingConfig,

@@ -138,11 +138,14 @@ class PipelineFamily(DenoisingFamily):
 
     def _fuse(self, network: Any) -> None:
         """Put the adapters of the config into the network's weights."""
+        from diffalign import sparse  # which attach, as the next
         from diffalign.export import load_lora  # which knows families
 
         for path in self.config.adapters:
             load_lora(network, Path(path).expanduser(), family=self.config.family, name="fused")
             network.fuse_lora(adapter_names=["fused"])
+            if sparse.remove(network):
+                continue
             network.unload_lora()
 
     @abstractmethod

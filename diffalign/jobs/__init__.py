@@ -95,6 +95,10 @@ class Job(ABC):
     def record(self, metrics: StepMetrics, batch: Any, out: LossOut) -> None:
         """Add one micro-batch to the step's metrics."""
 
+    def penalty(self, step: int, out: LossOut) -> Tensor | float:
+        """What is added to the loss of an optimiser step that is under way, counted from 0; it may add a metric to `out`."""
+        return 0.0
+
     @property
     def num_timesteps(self) -> int | None:
         """Of the schedule, for metrics by timestep; None where there are none."""
@@ -129,6 +133,10 @@ class Job(ABC):
     def enough(self) -> bool:
         """Whether training should end before its last step; known to the main process."""
         return False
+
+    def after_update(self, step: int) -> None:
+        """Called after every update of the optimiser, before moving averages and references see the parameters."""
+        return
 
     def after_step(self, step: int) -> None:
         """Called after every optimiser step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign import adapters, preferences, sides, user_branches
+from diffalign import adapters, preferences, sides, sparse, user_branches
 from diffalign.data.loader import BatchPlan, PairData, PairMicroBatches, TokenizedPairs, micro_batches
 from diffalign.data.pipeline import split_held_out
 from diffalign.data.prepare import REPORT, prepare
@@ -37,6 +38,8 @@ from diffalign.summary import objective_summary
 from diffalign.text_encoders import attach, trains_text
 from diffalign.users import USERS_FILE, Users, by_user, check_encoder, described, kept_out
 from diffalign.watch import Watch
+
+log = logging.getLogger(__name__)
 
 
 class ImageJob(Job):
@@ -200,6 +203,8 @@ class ImageJob(Job):
         if self.config.negative.train == "joint":
             sides.Sides(network, self.config)
             return adapters.parameters(network)
+        if self.config.sparse.method is not None:
+            return sparse.attach(network, self.config.sparse, seed=self.config.seed)
         kind = user_branches.wanted(self.config, None if self.users is None else self.users.width)
         if kind is None:
             return attach(network, self.config.lora, seed=self.config.seed)
@@ -225,6 +230,11 @@ class ImageJob(Job):
             lagged,
             negative_only=self.config.negative.train == "guided",
         )
+        self.reselection = (
+            None if self.config.sparse.reselect_at is None else sparse.Reselection(bare, self.config.sparse)
+        )
+        nuclear = self.config.sparse.nuclear_norm
+        self.nuclear_norm = sparse.NuclearNorm(bare, nuclear, self.config.seed) if nuclear else None
         self.forwards_before = 0  # images through the network before the run was resumed
         evaluation = self.config.evaluation
         self.watching = None
@@ -302,6 +312,23 @@ class ImageJob(Job):
             t = rows.t
         metrics.add(out, times_of(layout, t, len(out.per_item)))
 
+    def penalty(self, step: int, out: LossOut) -> Tensor | float:
+        if self.nuclear_norm is None:
+            return 0.0
+        value = self.nuclear_norm(step)
+        out.metrics["nuclear_norm"] = value.detach().reshape(1)
+        return value
+
+    def after_update(self, step: int) -> None:
+        if self.reselection is not None:
+            self.reselection.after_update(step)
+            if step == self.config.sparse.reselect_at:
+                log.info(
+                    "SaRA: %s entries are still small and trained on from step %d",
+                    f"{self.reselection.trained():,}",
+                    step,
+                )
+
     def initial_loss(self) -> float | None:
         if self.config.lora.experts:  # a mixture of experts is not the base, however fresh its gates are
             return None
@@ -364,6 +391,7 @@ class ImageJob(Job):
             "rollouts": {} if self.rollouts is None else self.rollouts.state_dict(),
             "watch": {} if self.watching is None else self.watching.state_dict(),
             "lagged": {} if self.policy.lagged is None else self.policy.lagged.state_dict(),
+            "reselection": {} if self.reselection is None else self.reselection.state_dict(),
         }
         return {name: value for name, value in state.items() if value} | {"image_forwards": forwards}
 
@@ -376,6 +404,8 @@ class ImageJob(Job):
             self.watching.load_state_dict(state.get("watch", {}))
         if self.policy.lagged is not None and "lagged" in state:
             self.policy.lagged.load_state_dict(state["lagged"])
+        if self.reselection is not None:
+            self.reselection.load_state_dict(state.get("reselection", {}))
         self.forwards_before = int(state.get("image_forwards", 0))
 
 
