@@ -234,8 +234,8 @@ class RolloutConfig:
         negative_gradient: whether gradient flows through the unconditional branch of guided scores of a sampler's steps.
             null: as published (Flow-GRPO: false; DDPO: true).
         eta: 0 samples deterministically (DDIM, Euler), 1 fully stochastically. null: 1 for trajectories, else 0.
-        shared_start: all images of a prompt start from the same noise. null: as the objective was published (D3PO: true;
-            PSO: false).
+        shared_start: all images of a prompt start from the same noise. null: as the objective was published (D3PO,
+            DanceGRPO: true; PSO, Flow-GRPO, DDPO: false).
         kernel: the sampler's stochastic step: "ddim" (every model), or of flow models "flow_sde" (Flow-GRPO), "constant_sde"
             (DanceGRPO), "cps" (Flow-CPS); `eta` is their noise level, null: 0.7, 0.3 and 0.8.
         window: policy gradients on steps: so many consecutive steps are stochastic and trained, the others deterministic;

@@ -179,6 +179,7 @@ def test_published_defaults():
         "pso_personal": 5.0,
         "dmpo": 2000.0,
         "snpo": 2000.0,
+        "chats": 2000.0,
         "subject_rpo": 1.0,
         "gdpo": 5000.0,
         "flow_dpo": 100.0,
@@ -248,7 +249,9 @@ def test_what_they_ask_of_sampled_images():
     asked = {cls.name: cls.sampling for cls in MINE}
     assert {name for name, s in asked.items() if s.policy == "lagged"} == {"diffusion_nft", "crd"}
     assert {name for name, s in asked.items() if s.policy == "reference"} == {"seppo", "self_npo"}
-    assert {name for name, s in asked.items() if not s.shared_start} == {"pso", "prdp"}
+    assert {name for name, s in asked.items() if not s.shared_start} == {
+        *("pso", "prdp", "flow_grpo", "grpo_guard", "flow_dppo", "ddpo", "dpok")
+    }
     assert {name for name, s in asked.items() if s.pairing == "dominance"} == {"d3po"}
     assert {name for name, s in asked.items() if s.win_rates} == {"capo"}
     assert {name for name, s in asked.items() if not s.negative_gradient} == {"flow_grpo", "grpo_guard"}

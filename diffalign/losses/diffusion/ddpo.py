@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffalign.losses.advantages import Center, Scale
+from diffalign.losses.base import Sampling
 from diffalign.losses.diffusion._transitions import Clipped
 
 
@@ -51,6 +52,7 @@ class DDPO(Clipped):
         "ratio of a step -> reward standardised over the round -> clip at 1e-4 -> mean over steps"
     )
     parity: ClassVar[str] = "kvablack/ddpo-pytorch scripts/train.py (formula)"
+    sampling: ClassVar[Sampling] = Sampling(shared_start=False)
 
     def options(self) -> dict[str, Any]:
         return super().options() | {

@@ -24,7 +24,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from diffalign.losses.advantages import Center, Scale
-from diffalign.losses.base import Needs, detached, needs
+from diffalign.losses.base import Needs, Sampling, detached, needs
 from diffalign.losses.diffusion._common import positive
 from diffalign.losses.diffusion._transitions import KLForm, Transitions
 from diffalign.losses.group_objective import UNIT_CAPS
@@ -62,6 +62,7 @@ class DPOK(Transitions):
     composition: ClassVar[str] = "ratio of a step, clamped -> times reward -> mean over steps + L2 of predictions"
     needs: ClassVar[Needs] = needs("groups", caps=UNIT_CAPS, reference=False, extra=("eps_shift",))
     parity: ClassVar[str] = "google-research/google-research dpok/train_online_pg.py (formula)"
+    sampling: ClassVar[Sampling] = Sampling(shared_start=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

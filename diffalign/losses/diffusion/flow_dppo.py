@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffalign.losses.base import Needs, detached, needs
+from diffalign.losses.base import Needs, Sampling, detached, needs
 from diffalign.losses.diffusion._common import positive
 from diffalign.losses.diffusion._transitions import KLForm, Transitions, per_step
 from diffalign.losses.group_objective import UNIT_CAPS
@@ -51,6 +51,7 @@ class FlowDPPO(Transitions):
     )
     needs: ClassVar[Needs] = needs("groups", caps=UNIT_CAPS, reference=False, old=True, extra=("mean_shift",))
     parity: ClassVar[str] = "Tencent-Hunyuan/UniRL unirl/algorithms/flowdppo.py (formula)"
+    sampling: ClassVar[Sampling] = Sampling(shared_start=False)  # as Flow-GRPO
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -56,4 +56,4 @@ class FlowGRPO(Clipped):
     )
     needs: ClassVar[Needs] = needs("groups", caps=UNIT_CAPS, reference=False, extra=("ref_shift", "dt"))
     parity: ClassVar[str] = "yifan123/flow_grpo scripts/train_sd3.py (formula)"
-    sampling: ClassVar[Sampling] = Sampling(negative_gradient=False)
+    sampling: ClassVar[Sampling] = Sampling(negative_gradient=False, shared_start=False)

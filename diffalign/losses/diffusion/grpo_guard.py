@@ -65,7 +65,7 @@ class GRPOGuard(Clipped):
     )
     needs: ClassVar[Needs] = needs("groups", caps=UNIT_CAPS, reference=False, old=True, extra=READS)
     parity: ClassVar[str] = "yifan123/flow_grpo scripts/train_sd3_GRPO_Guard.py (formula)"
-    sampling: ClassVar[Sampling] = Sampling(negative_gradient=False)
+    sampling: ClassVar[Sampling] = Sampling(negative_gradient=False, shared_start=False)
 
     def reads_extra(self) -> tuple[str, ...]:
         mine = READS if self.reweight else READS[:2]
