@@ -59,6 +59,11 @@ def check_negative(config: RunConfig, family: type[DenoisingFamily]) -> None:
                 f"{key}: got {value!r}; an adapter for the negative branch alone (negative.train) is on the network, where "
                 "branches can be told apart; remove it"
             )
+    if config.training.compile and config.evaluation.prompts:
+        raise ConfigError(
+            "training.compile: got true; the branches of guidance have different adapters (negative.train), which compiled "
+            "blocks do not see when pictures are sampled: remove it, or evaluation.prompts"
+        )
     if config.lora.use_dora:
         raise ConfigError(
             "lora.use_dora: got true; magnitudes depend on the sum of all adapters, and the branches of guidance have "
@@ -136,6 +141,22 @@ def _check_joint(config: RunConfig) -> None:
             f"negative.train: got 'joint'; objective {objective.name!r} scores chosen and rejected images by one model; "
             "take 'chats', or 'flip' for an adapter of the negative branch"
         )
+    for key, value, wanted, why in (
+        (
+            "lora.init",
+            config.lora.init,
+            ("gaussian", "default"),
+            "halves of the ranks do not start at the base otherwise",
+        ),
+        ("data.label", config.data.label, ("given",), "an image belongs to one side"),
+        ("denoising.noise", config.denoising.noise, (None, "shared"), "a pair shares its timestep and noise"),
+        ("denoising.noising", config.denoising.noising, (None, "forward"), "inversion sees single rows"),
+        ("evaluation.held_out_fraction", config.evaluation.held_out_fraction, (0,), "two models rank nothing"),
+    ):
+        if value not in wanted:
+            raise ConfigError(
+                f"{key}: got {value!r}; with negative.train 'joint' {why}: expected {' or '.join(map(repr, wanted))}"
+            )
     if samples_images(config):
         raise ConfigError("negative.train: got 'joint', which learns from the data's pairs; remove rollout.rewards")
 

@@ -136,8 +136,22 @@ def check_preference(config: RunConfig, family: type[DenoisingFamily]) -> None:
         raise ConfigError(
             f"preference.rewards: rows of format {data.format!r} have no rewards; expected 'jsonl' or 'pickapic'"
         )
+    if data.ties != "soft":
+        raise ConfigError(
+            f"data.ties: got {data.ties!r}, which leaves out pairs whose own label is a tie, and {said}: set it to 'soft'"
+        )
+    if own.seen and data.num_frames > 1:
+        raise ConfigError(
+            f"data.num_frames: got {data.num_frames}; an adapter that is told weights is for still images: set it to "
+            "1, or preference.fixed"
+        )
     if own.seen:
         _check_adapter(config, "preference", own.through)
+        if own.through == "gates" and config.lora.init not in ("gaussian", "default"):
+            raise ConfigError(
+                f"lora.init: got {config.lora.init!r}; through gates ranks are weighed from the start, and only 'gaussian' "
+                "and 'default' start at the base then"
+            )
         if own.through == "gates" and config.lora.rank < len(own.rewards):
             raise ConfigError(
                 f"lora.rank: got {config.lora.rank}; through gates each of {len(own.rewards)} rewards needs a rank of its "

@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ FREE_TRAINING = (
 FREE_BATCH = ("train_batch_size", "gradient_accumulation_steps")
 FREE_EVALUATION = ("at_end", "prompts", "num_prompts", "images_per_prompt", "rewards", "seed", "grid_prompts")
 FREE_ROLLOUT = ("offload_rewards",)
+FREE_NEGATIVE = ("beta", "prompt_share")  # of sampling
 FREE_DATA = ("sources", "keep_downloads", "max_disk_gb", "max_unusable")
 
 
@@ -214,7 +215,7 @@ def load(path: Path, config: RunConfig) -> Checkpoint:
         CheckpointError: damaged, or made with other settings.
     """
     manifest = verify(path)
-    differences = list(_differences(manifest["config"], to_tree(config)))
+    differences = list(_differences(_with_new_keys(manifest["config"], config), to_tree(config)))
     if differences:
         raise CheckpointError(
             f"checkpoint {path} belongs to another config: {'; '.join(differences[:3])}"
@@ -252,6 +253,20 @@ def check_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
             )
 
 
+def _with_new_keys(old: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A stored config with the defaults of sections and keys that did not exist yet when it was stored."""
+    found, tree = dict(old), to_tree(config)
+    for section in fields(config):
+        stored = old.get(section.name, {})
+        now = getattr(config, section.name)
+        if not is_dataclass(now) or not isinstance(stored, dict):
+            continue
+        if section.name != "objective" or stored.get("name") == tree["objective"]["name"]:
+            known = {f.name: to_tree(f.default) for f in fields(now) if f.default is not MISSING}
+            found[section.name] = json.loads(json.dumps(known)) | stored
+    return found
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = []
     for section in new.keys() | old.keys():
@@ -267,6 +282,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             "data": FREE_DATA,
             "evaluation": FREE_EVALUATION,
             "rollout": FREE_ROLLOUT,
+            "negative": FREE_NEGATIVE,
         }.get(section, ())
         found += [
             f"{section}.{key} was {before.get(key)!r}, is {after.get(key)!r}"

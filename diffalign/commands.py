@@ -71,6 +71,11 @@ def load_adapter(
         info = export.load_lora(network, path, family=config.model.family, name=name, negative=negative)
         ours = {k.removeprefix("diffalign."): v for k, v in info.metadata.items() if k.startswith("diffalign.")}
         return ours | {"role": info.role}
+    if config.negative.train == "joint" or asking.sees(config):
+        raise ConfigError(
+            f"{path} is a checkpoint of more than one plain adapter (negative.train: joint, users or preference); finish "
+            "the run and give its folder, whose files can be loaded"
+        )
     found = checkpoint.load(path, config)
     if config.sparse.method is not None:
         params = sparse.attach_state(network, found.adapter, config.sparse.method, name, what=str(path))
@@ -210,8 +215,13 @@ def _branches(
                 "which has a file for each"
             )
         folder = adapter if adapter.is_dir() else adapter.parent
-        if negative_adapter is None and (folder / sides.FOLDER).is_dir():
+        if negative_adapter is None:
             negative_adapter = folder / sides.FOLDER
+            if not negative_adapter.is_dir():
+                raise ConfigError(
+                    f"--adapter: {adapter} is one of two adapters that were trained together, and {negative_adapter} is not "
+                    "there; give the other one with --negative-adapter"
+                )
     if not config.negative.alone or negative_adapter is not None:
         return adapter, negative_adapter
     if adapter is not None and not (adapter / "manifest.json").is_file():

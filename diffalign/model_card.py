@@ -248,7 +248,14 @@ def _usage(config: RunConfig, files: Mapping[str, str]) -> str:
             "The two were trained together, each on its side of the pairs: guidance leads from one to the other. `alpha=0` "
             "keeps the first out of the negative branch, and `prompt_share` moves that branch's prompt away from yours."
         )
-    if "kohya" in files and config.negative.alone:
+    if "kohya" in files and config.negative.train == "joint":
+        parts.append(
+            f"In ComfyUI, copy `{files['kohya']}` and the file of the same name in `negative` to `models/loras`, under "
+            "names that tell them apart. A *Load LoRA* node would patch both branches: make a hook of each with *Create "
+            "Hook LoRA* (strength_model 1.0, strength_clip 0), and put the first on the positive and the second on the "
+            "negative conditioning with *Cond Set Props*. `prompt_share` has no node."
+        )
+    elif "kohya" in files and config.negative.alone:
         parts.append(
             f"In ComfyUI, copy `{files['kohya']}` to `models/loras`. A *Load LoRA* node would patch both branches: make a "
             "hook with *Create Hook LoRA* (strength_model 1.0, strength_clip 0) and put it on the negative conditioning "
@@ -394,10 +401,11 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
         alone, adapter = True, quoted(f"negative/{lora}")
         lines.insert(1, "from diffalign.sampling.guidance import NegativeGuidance")
         if not _has_lora_loader(model):
-            load += (
-                f'\nload_lora(pipe.{_network_part(model)}, {adapter}, family={quoted(model.family)}, name="negative", '
+            # Before the other one: what is attached last acts alone.
+            first = (
+                f'load_lora(pipe.{_network_part(model)}, {adapter}, family={quoted(model.family)}, name="negative", '
             )
-            load += "negative=True)"
+            load = f"{first}negative=True)\n{load}"
             adapter = quoted("negative")
     frames = _frames(config)
     lines += [load] if load else []

@@ -26,6 +26,7 @@ from diffalign.text_encoders import attach
 ATTRIBUTE = "diffalign_sides"  # of a network
 CHOSEN, REJECTED = "chosen", "rejected"  # the adapters that are sampled with
 FOLDER = "negative"  # of a run, holds the adapter of rejected images
+PARTNER = "partner"  # in a file's header: the branch of the adapter that it was trained with
 
 
 def lora_of(config: RunConfig) -> LoraConfig:
@@ -133,7 +134,12 @@ class Sides:
         """
         with self.separated():
             files = export.save_lora(
-                self.network, None, run_dir, family=family, name=CHOSEN, metadata=metadata | {"role": "positive"}
+                self.network,
+                None,
+                run_dir,
+                family=family,
+                name=CHOSEN,
+                metadata=metadata | {"role": "positive", PARTNER: "negative"},
             )
             export.save_lora(
                 self.network,
@@ -141,6 +147,6 @@ class Sides:
                 run_dir / FOLDER,
                 family=family,
                 name=REJECTED,
-                metadata=metadata | {"role": "negative"},
+                metadata=metadata | {"role": "negative", PARTNER: "positive"},
             )
         return files

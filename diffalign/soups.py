@@ -82,6 +82,11 @@ def attach(family: DenoisingFamily, config: RunConfig, parts: Sequence[Part]) ->
             )
         info = export.load_lora(family.network, part.path, family=config.model.family, name=name, negative=True)
         roles[info.role] = part.path
+        if "diffalign.partner" in info.metadata:
+            raise ConfigError(
+                f"{part.path} is one of two adapters that were trained together for the branches of guidance (CHATS): alone "
+                "it is not what was trained; compare such runs with diffalign evaluate"
+            )
         if info.style == "gated":
             raise ConfigError(f"{part.path} holds gated experts, which depend on the time and cannot be added up")
     for path, layer in lora_layers(family.network).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import namedtuple
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_another_config_is_refused_by_name(tmp_path: Path, case: Change) -> None
     path = save(tmp_path, 2)
     with pytest.raises(CheckpointError, match=f"belongs to another config: .*{case.message}"):
         checkpoint.load(path, make_config(**case.changes))
+
+
+def test_keys_that_did_not_exist_yet_had_their_defaults(tmp_path: Path) -> None:
+    path = save(tmp_path, 2)
+    file = path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del (
+        manifest["config"]["sparse"],
+        manifest["config"]["lora"]["use_rslora"],
+        manifest["config"]["objective"]["label_smoothing"],
+    )
+    file.write_text(json.dumps(manifest))
+    assert checkpoint.load(path, make_config()).step == 2
+    with pytest.raises(CheckpointError, match=r"lora\.use_rslora was False, is True"):
+        checkpoint.load(path, make_config(lora={"use_rslora": True}))
+    with pytest.raises(CheckpointError, match=r"sparse\.method was None, is 'hft'"):
+        checkpoint.load(path, make_config(sparse={"method": "hft"}))
 
 
 def test_what_may_change_between_a_run_and_its_continuation(tmp_path: Path) -> None:

@@ -351,9 +351,10 @@ def weighed(tmp_path: Path, tiny_config: Any, shades: Path) -> Any:
     def run(name: str, **changes: Any) -> Any:
         section = {"rewards": ["bright", "dark"], "hidden": 16}
         section |= changes.pop("preference", {})
+        ties = "soft" if section["rewards"] else "drop"
         return tiny_config(
             tmp_path / name,
-            data={"format": "jsonl", "sources": [str(shades / "train.jsonl")]} | changes.pop("data", {}),
+            data={"format": "jsonl", "sources": [str(shades / "train.jsonl")], "ties": ties} | changes.pop("data", {}),
             preference={key: value for key, value in section.items() if value is not None},
             **changes,
         )
@@ -546,6 +547,7 @@ def test_evaluation_asks_for_equal_weights(weighed: Any) -> None:
             "dropout: has no effect with preference.fixed",
         ),
         ({"preference": {"through": "attention"}}, "hidden: has no effect with preference.through: attention"),
+        ({"lora": {"init": "orthogonal"}}, "only 'gaussian' and 'default' start at the base"),
         ({"preference": {"through": "attention", "hidden": None}}, "set it to 0, or preference.through to gates"),
         ({"lora": {"rank": 1}}, "each of 2 rewards needs a rank of its own"),
         ({"lora": {"rank": 0}}, "'gates', which weigh the ranks of a LoRA, and lora.rank is 0"),
@@ -636,6 +638,9 @@ def test_plans_count_the_module(through: Any) -> None:
 def test_the_recipe_passes_what_is_checked_before_weights_load(tmp_path: Path) -> None:
     check(load_config("demo_preference", [f"output_dir={tmp_path}"]))
     two = [f"output_dir={tmp_path}", "preference.rewards=[gil, dev]", "data.world_pairs.rewards=[gil, dev]"]
+    with pytest.raises(ConfigError, match=r"data\.ties: got 'drop'.*set it to 'soft'"):
+        check(load_config("demo_dpo", two))
+    two.append("data.ties=soft")
     for name in (
         "demo_dpo",
         "demo_sft",

@@ -240,7 +240,8 @@ class PairMicroBatches(Dataset[PairBatch]):
         flipped: pairs whose images change places: "none", "all", or those without their prompt ("empty").
         users: whose embeddings go with the text of a pair, under "user".
         preferences: who judges the pairs, in place of their labels; what the network sees of it goes the same way.
-        rejected_empty: share of the rejected images whose prompt is the empty one.
+        rejected_empty: share of the rejected images whose prompt is emptied, and what they are told then: the conditioning
+            of the negative branch (SDXL 1.0: zeros).
     """
 
     def __init__(
@@ -258,7 +259,7 @@ class PairMicroBatches(Dataset[PairBatch]):
         flipped: Literal["none", "all", "empty"] = "none",
         users: UserRows | None = None,
         preferences: PreferenceRows | None = None,
-        rejected_empty: float = 0.0,
+        rejected_empty: tuple[float, Conditioning] | None = None,
     ) -> None:
         self.rejected_empty, self.preferences = rejected_empty, preferences
         self.flipped, self.users = flipped, users
@@ -294,9 +295,11 @@ class PairMicroBatches(Dataset[PairBatch]):
             more = {"user": self.users.of(pair) if keep_prompt else self.users.row(pair, visit)}
         prompts = ["", ""] if dropped else pair.extra.get(PROMPTS, [pair.prompt] * 2)
         # A generator of its own: timestep and noise are those of a run that keeps the prompts.
-        emptied = self.rejected_empty and not keep_prompt and self.rejected_empty > _uniform(self.seed, pair.id, visit)
-        if PROMPTS in pair.extra or emptied:
-            own["rejected_text"] = self.data.text("" if emptied else prompts[rejected]) | more
+        share, nothing = self.rejected_empty or (0.0, {})
+        if not keep_prompt and share > _uniform(self.seed, pair.id, visit):
+            own["rejected_text"] = nothing | more
+        elif PROMPTS in pair.extra:
+            own["rejected_text"] = self.data.text(prompts[rejected]) | more
         if self.independent:
             own["rejected_t"], own["rejected_noise"], _ = draw(
                 self.denoising, generator, shape, self.num_timesteps, self.timestep_sampling

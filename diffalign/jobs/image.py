@@ -103,12 +103,21 @@ class ImageJob(Job):
             flipped=flipped_pairs(config),
             users=self.users,
             preferences=self.preferences,
-            rejected_empty=config.negative.proportion_empty_prompts if config.negative.train == "joint" else 0.0,
+            rejected_empty=self._emptied(),
         )
         self.elements = dataset.example(self.kept[0], 0).noise.numel()
         self.data, self.dataset = data, dataset
         prompts = data.prompts  # of all pairs, read once
         return list(dict.fromkeys(prompts[i] for i in self.kept))
+
+    def _emptied(self) -> tuple[float, Conditioning] | None:
+        """How often the prompt of a rejected image is emptied, and what the negative branch is told then."""
+        if self.config.negative.train != "joint":
+            return None
+        self.family.load(TEXT)
+        told = {name: value[0].cpu() for name, value in self.family.encode_negative("").items()}
+        self.family.unload(TEXT)
+        return self.config.negative.proportion_empty_prompts, told
 
     def _describe_users(self, data: PairData) -> None:
         """Embed the users, and sort pairs into those that are trained on and those that are not."""

@@ -323,7 +323,10 @@ class NegativeGuidance:
                         f"prompt_share: prompts of {positive.shape[1]} and {negative.shape[1]} tokens cannot be mixed; "
                         f"{type(self.pipe).__name__} does not fill them up to one length. Set it to 0"
                     )
-                negative = (1 + self.prompt_share) * negative - self.prompt_share * positive
+                if name in MASKS:  # tokens of either prompt are read
+                    negative = torch.maximum(negative, positive)
+                else:
+                    negative = (1 + self.prompt_share) * negative - self.prompt_share * positive
             if name == "encoder_hidden_states":
                 negative = negative * scale
             changed[name] = negative if count is None else torch.cat([negative, told[count:]])
@@ -383,11 +386,12 @@ def _inputs(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 POOLED = "text_embeds"  # of SDXL, inside `added_cond_kwargs`
+MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
 
 
 def _prompt_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Embeddings of the prompt among the arguments of a network, by name."""
-    found = {name: kwargs.get(name) for name in ("encoder_hidden_states", "pooled_projections")}
+    """Embeddings of the prompt, and masks of its tokens, among the arguments of a network, by name."""
+    found = {name: kwargs.get(name) for name in ("encoder_hidden_states", "pooled_projections", *MASKS)}
     found[POOLED] = (kwargs.get("added_cond_kwargs") or {}).get(POOLED)
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 

@@ -229,27 +229,32 @@ def test_negative_prompts_can_be_scaled_in_the_first_steps(pipe: Any, name: str)
         assert torch.equal(run(pipe, name), plain)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "wan"], indirect=True)
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart", "wan"], indirect=True)
 def test_negative_prompts_can_be_moved_away_from_the_positive_ones(pipe: Any, name: str) -> None:
     """(1 + a) negative - a positive, sequences and pooled embeddings alike."""
     network, share, apart = network_of(pipe), 0.5, name in APART
-    told: list[Tensor] = []
+    told: dict[str, list[Tensor]] = {}
 
-    def away(value: Tensor) -> Tensor:
+    def away(key: str, value: Tensor) -> Tensor:
+        def mixed(below: Tensor, above: Tensor) -> Tensor:
+            return torch.maximum(below, above) if "mask" in key else (1 + share) * below - share * above
+
         if apart:
-            told.append(value)
-            return value if len(told) % 2 else (1 + share) * value - share * told[-2]
+            seen = told.setdefault(key, [])
+            seen.append(value)
+            return value if len(seen) % 2 else mixed(value, seen[-2])
         below, above = value.chunk(2)
-        return torch.cat([(1 + share) * below - share * above, above])
+        return torch.cat([mixed(below, above), above])
 
     def moved(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
-        for key in ("encoder_hidden_states", "pooled_projections"):
+        masks = ("encoder_attention_mask", "encoder_hidden_states_mask")
+        for key in ("encoder_hidden_states", "pooled_projections", *masks):
             if kwargs.get(key) is not None:
-                kwargs[key] = away(kwargs[key])
+                kwargs[key] = away(key, kwargs[key])
         more = kwargs.get("added_cond_kwargs")
-        if more:
-            kwargs["added_cond_kwargs"] = more | {"text_embeds": away(more["text_embeds"])}
+        if more and "text_embeds" in more:
+            kwargs["added_cond_kwargs"] = more | {"text_embeds": away("text_embeds", more["text_embeds"])}
         return args, kwargs
 
     plain = run(pipe, name)
@@ -261,6 +266,15 @@ def test_negative_prompts_can_be_moved_away_from_the_positive_ones(pipe: Any, na
     assert (wanted - plain).abs().max() > 1e-4
     with NegativeGuidance(pipe, "bad", beta=0.0, prompt_share=0.0):
         assert torch.equal(run(pipe, name), plain)
+
+
+@pytest.mark.parametrize("name", ["qwen_image"], indirect=True)
+def test_prompts_of_other_lengths_are_not_mixed(pipe: Any, name: str) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"141 and 140 tokens cannot be mixed.*Set it to 0"),
+        NegativeGuidance(pipe, "bad", prompt_share=0.5),
+    ):
+        run(pipe, name)
 
 
 def test_a_whole_network_can_be_the_negative_branch(

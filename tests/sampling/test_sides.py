@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from diffalign import adapters, cli, export, sides
 from diffalign.errors import ConfigError
-from diffalign.families import DECODER, NETWORK
+from diffalign.families import DECODER, ENCODERS, NETWORK
 from diffalign.preflight import check
 from diffalign.sampling import Sampler
 from diffalign.sampling.guidance import NegativeGuidance
@@ -136,7 +137,8 @@ def test_prompts_of_rejected_images_are_emptied_by_sample(tmp_path: Path, tiny_c
     jobs = list(dict.fromkeys(job for job, _, _ in seen))
     emptied = []
     for job in jobs:
-        empty = {name: value.float() for name, value in job.data.text("").items()}
+        job.family.load(ENCODERS)
+        empty = {name: value[0].float() for name, value in job.family.encode_negative("").items()}
         found = []
         for index in range(len(job.data)):
             example = job.dataset.example(index, 0)
@@ -168,8 +170,14 @@ def test_a_run_leaves_two_files_that_the_commands_put_in_their_branches(tmp_path
     assert again["aligned_mean"] == pytest.approx(ran["aligned_mean"], abs=1e-6)
     assert again["alpha"] == 0.0
     assert again["negative_adapter"].endswith(sides.FOLDER)
+    assert "prompt_share` has no node" in card
     (last,) = run.glob("checkpoint-*")
     assert cli.main(["evaluate", str(run), "--adapter", str(last), "--out", str(out)]) == 2
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "file")]) == 2, "a checkpoint of two adapters"
+    mixture = ["merge", str(run), "--adapter", f"{run}=1", "--out", str(tmp_path / "soup")]
+    assert cli.main(mixture) == 2, "half of what was trained"
+    shutil.rmtree(run / sides.FOLDER)
+    assert cli.main(["evaluate", str(run), "--out", str(out)]) == 2, "and half of it is nothing to evaluate"
 
 
 def test_a_run_of_two_sides_resumes_to_the_same_adapters(tmp_path: Path, tiny_config: Any, adapter_of: Any) -> None:
@@ -188,6 +196,11 @@ def test_a_run_of_two_sides_resumes_to_the_same_adapters(tmp_path: Path, tiny_co
         ({"negative": {"train": "joint"}}, "take 'chats'"),
         ({"negative": {"prompt_share": 0.2}}, "'joint' alone; remove it"),
         ({"negative": {"train": "flip", "proportion_empty_prompts": 0.2}}, "'joint' alone; remove it"),
+        ({**CHATS, "lora": {"init": "orthogonal"}}, "do not start at the base"),
+        ({**CHATS, "denoising": {"noise": "independent"}}, "shares its timestep and noise"),
+        ({**CHATS, "denoising": {"noising": "ddim_inversion"}}, "inversion sees single rows"),
+        ({**CHATS, "evaluation": {"held_out_fraction": 0.1}}, "rank nothing"),
+        ({**CHATS, "training": {"compile": True}, "evaluation": LOOKS}, "compiled blocks do not see"),
         ({**CHATS, "lora": {"use_dora": True}}, "magnitudes depend on the sum"),
         ({**CHATS, "sampling": {"guidance_scale": 1.0}, "evaluation": LOOKS}, "set it above 1"),
     ],

@@ -12,9 +12,10 @@ with a *plus*, and r = score - reference's score. Guidance then leads from the m
 ones, and the prompt of the negative branch is (1 + a) empty - a prompt, for sequence and pooled embeddings alike.
 
 Here the models are two adapters on one frozen network (`negative.train: joint`). The published loss has no 1/2 before the
-errors: its beta of 1000 is 2000 on our scores. The code empties the prompts of rejected images for whole batches, with
-probability 1/2; here each image's own draw decides (`negative.proportion_empty_prompts`), so that a sample does not depend
-on its batch. The reference of a rejected image has the same prompt.
+errors: its beta of 1000 is 2000 on our scores. The code empties (zeroes) the prompts of rejected images for whole batches,
+with probability 1/2; here each image's own draw decides (`negative.proportion_empty_prompts`), so that a sample does not
+depend on its batch. An emptied prompt is what the model's negative branch is told (SDXL 1.0: zeros). The
+reference of a rejected image has the same prompt.
 
 Published otherwise: learning rate 3e-9 (SDXL) and 1e-9 (SD1.5) times devices x batch x accumulation, 6000 and 2000 steps,
 full weights, Adafactor, a = 0.5, guidance 5 counted from the positive branch, which diffusers calls 6.
@@ -70,4 +71,7 @@ class CHATS(Refusing, BetaObjective):
         w, l = reward[pairs.w], reward[pairs.l]
         certain = (2 * as_rows(pairs.p, reward) - 1).clamp(min=0)
         loss = certain * links.logistic(w + l - pairs.margin)
-        return LossOut(pairs.weight * loss, pair_metrics(w + l, w, l, scores, pairs))
+        metrics = pair_metrics(w + l, w, l, scores, pairs) | {
+            "weight": (pairs.weight * certain).detach().expand_as(loss)
+        }
+        return LossOut(pairs.weight * loss, metrics)
