@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import pytest
 import torch
 from test_adapters import quiet
 from test_gates import assert_same_file, rows_of
+from torch import Tensor
 
-from diffalign import adapters, checkpoint, commands, delta_files, export, preflight, soups
+from diffalign import adapters, checkpoint, commands, delta_files, export, preflight, soups, trainer
 from diffalign.config import RunConfig
 from diffalign.config_loading import build, load_config
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.families import NETWORK
 from diffalign.hardware import make_accelerator, open_denoising
+from diffalign.jobs import image
 from diffalign.plan import make_plan
 from diffalign.trainer import train
 
@@ -73,6 +76,41 @@ def test_the_penalty_is_in_the_gradient_and_in_a_metric_of_its_own(tiny_config: 
     assert rows[2]["nuclear_norm"] == pytest.approx(1000 * rows[1]["nuclear_norm"], rel=1e-4)
     assert rows[0]["grad_norm"] < rows[2]["grad_norm"]
     assert rows[1]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=0.1)
+
+
+def test_the_penalty_is_added_once_a_step_however_the_step_is_split(
+    tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    asked: list[int] = []
+    norm, clip, loss = torch.linalg.matrix_norm, trainer.clip, image.ImageJob.loss
+
+    def counted(*args: Any) -> Tensor:
+        asked.append(1)
+        return norm(*args)
+
+    def caught(accelerator: Any, params: list[Any], max_norm: float) -> float:
+        seen.append(torch.cat([p.grad.flatten() for p in params]))
+        return clip(accelerator, params, max_norm)
+
+    def of_one_less(self: Any, batch: Any) -> Any:
+        out = loss(self, batch)
+        return dataclasses.replace(out, per_item=out.per_item[1:])
+
+    monkeypatch.setattr(torch.linalg, "matrix_norm", counted)
+    monkeypatch.setattr(trainer, "clip", caught)
+    added = []
+    for number, (batch, accumulation, left_out) in enumerate([(4, 1, False), (1, 4, False), (2, 2, True)]):
+        monkeypatch.setattr(image.ImageJob, "loss", of_one_less if left_out else loss)
+        for weight in (0.0, 1.0):
+            sparse = {"method": "sara", "threshold": 1e-2, "nuclear_norm": weight}
+            training = {"max_train_steps": 1, "train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+            train(made(tiny_config, tmp_path / f"{number}-{weight}", sparse, training=training))
+        assert len(asked) == number + 1
+        added.append(seen[-1] - seen[-2])
+    assert added[0].abs().max() > 0.1
+    for other in added[1:]:
+        torch.testing.assert_close(other, added[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sparse", [SARA | {"biases_and_norms": True}, LIFT], ids=["sara", "lift"])

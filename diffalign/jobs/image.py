@@ -312,12 +312,8 @@ class ImageJob(Job):
             t = rows.t
         metrics.add(out, times_of(layout, t, len(out.per_item)))
 
-    def penalty(self, step: int, out: LossOut) -> Tensor | float:
-        if self.nuclear_norm is None:
-            return 0.0
-        value = self.nuclear_norm(step)
-        out.metrics["nuclear_norm"] = value.detach().reshape(1)
-        return value
+    def penalties(self, step: int) -> dict[str, Tensor]:
+        return {} if self.nuclear_norm is None else {"nuclear_norm": self.nuclear_norm(step)}
 
     def after_update(self, step: int) -> None:
         if self.reselection is not None:
