@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from diffalign import adapters
@@ -287,6 +289,32 @@ def place(network: nn.Module, choice: Choice, name: str, method: str) -> None:
     for layer in tuner_layers(network):
         layer.set_adapter([name] if isinstance(layer, DeltaLayer) and name in layer.scaling else [])
     network.__dict__[RECORDS] = network.__dict__.get(RECORDS, {}) | {name: record}
+
+
+def share_places(network: nn.Module, accelerator: Accelerator, name: str = adapters.DEFAULT) -> None:
+    """Give every process the places that the first has chosen, in place; on one process nothing is done.
+
+    Each has chosen by itself, and a randomised SVD may differ by a bit between devices.
+
+    Raises:
+        ConfigError: numbers of entries differ: the processes have different weights.
+    """
+    if accelerator.num_processes == 1:
+        return
+    found = [
+        (f"{path}.{kind}", layer.index(kind)[name])
+        for path, kind, layer in changes(network, name)
+        if name in layer.index(kind)
+    ]
+    digest = hashlib.sha256(repr([(key, len(index)) for key, index in found]).encode()).digest()
+    own = torch.tensor([int.from_bytes(digest[:7])], device=accelerator.device)
+    if len(set(accelerator.gather(own).tolist())) > 1:
+        raise ConfigError(
+            "sparse: processes have chosen different numbers of entries, so their weights differ; see that all load the same "
+            "files (model.pretrained, model.adapters)"
+        )
+    for _, index in found:
+        index.copy_(broadcast(index, from_process=0))
 
 
 def _wrap(network: nn.Module, path: str) -> DeltaLayer:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -495,6 +496,27 @@ def test_stored_places_are_taken_and_not_chosen_again(base: UNet2DConditionModel
     assert torch.equal(delta_layers(here)[path].index_weight["default"], state[f"{path}.index_weight"])
     assert torch.equal(quiet(here), quiet(fresh))
     assert not torch.equal(quiet(here), quiet(unet))
+
+
+def test_all_processes_train_the_places_of_the_first(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = unet, copy.deepcopy(base)
+    sparse.attach(first, LIFT, seed=0)
+    sparse.attach(second, LIFT, seed=0)
+    for layer in delta_layers(second).values():  # another device's SVD, say
+        layer.index_weight["default"].copy_(torch.arange(len(layer.index_weight["default"])))
+    sent = iter([layer.index_weight["default"] for layer in delta_layers(first).values()])
+    monkeypatch.setattr(sparse, "broadcast", lambda index, from_process: next(sent))
+    alone = SimpleNamespace(num_processes=1, device="cpu", gather=None)
+    sparse.share_places(second, alone)  # type: ignore[arg-type]
+    two = SimpleNamespace(num_processes=2, device="cpu", gather=lambda own: torch.cat([own, own]))
+    sparse.share_places(second, two)  # type: ignore[arg-type]
+    for one, other in zip(delta_layers(first).values(), delta_layers(second).values(), strict=True):
+        assert torch.equal(one.index_weight["default"], other.index_weight["default"])
+    unlike = SimpleNamespace(num_processes=2, device="cpu", gather=lambda own: torch.cat([own, own + 1]))
+    with pytest.raises(ConfigError, match="different numbers of entries"):
+        sparse.share_places(second, unlike)  # type: ignore[arg-type]
 
 
 def test_another_base_is_refused(base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path) -> None:

@@ -65,6 +65,13 @@ def test_a_run_resumes_to_the_bit(
     assert ("nuclear_norm" in first) == ("nuclear_norm" in sparse)
 
 
+def test_a_run_shares_its_places(tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[Any] = []
+    monkeypatch.setattr("diffalign.sparse.share_places", lambda network, accelerator: shared.append(network))
+    train(made(tiny_config, tmp_path, LIFT, training={"max_train_steps": 1}))
+    assert len(shared) == 1
+
+
 def test_the_penalty_is_in_the_gradient_and_in_a_metric_of_its_own(tiny_config: Any, tmp_path: Path) -> None:
     rows = []
     for weight in (0.0, 1e-3, 1.0):

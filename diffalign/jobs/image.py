@@ -204,7 +204,9 @@ class ImageJob(Job):
             sides.Sides(network, self.config)
             return adapters.parameters(network)
         if self.config.sparse.method is not None:
-            return sparse.attach(network, self.config.sparse, seed=self.config.seed)
+            params = sparse.attach(network, self.config.sparse, seed=self.config.seed)
+            sparse.share_places(network, self.accelerator)
+            return params
         kind = user_branches.wanted(self.config, None if self.users is None else self.users.width)
         if kind is None:
             return attach(network, self.config.lora, seed=self.config.seed)
