@@ -48,8 +48,8 @@ _READ = {
     "hft": (),
 }
 _TITLES = {"sara": "SaRA", "lift": "LIFT", "hft": "HFT"}
-# The four projections of an attention; those of a transformer's text side are four of their own.
-_PROJECTION = re.compile(r"^(.*\.attn\d*)\.(?:(to)_[a-z0-9.]+|(add)_[a-z0-9._]+)$")
+# The four projections of an attention; those of a transformer's text side, to_add_out among them, are four of their own.
+_PROJECTION = re.compile(r"^(.*\.attn\d*)\.(?:(to)_(?!add_)[a-z0-9.]+|(?:to_)?(add)_[a-z0-9._]+)$")
 
 Choice = dict[tuple[str, Kind], Tensor | None]  # (layer, parameter) -> places, None for all of them
 
@@ -111,8 +111,8 @@ def sara_learning_rate(threshold: float) -> float:
 
 
 def below(weight: Tensor, threshold: float) -> Tensor:
-    """SaRA's entries: places where |w| < threshold, strictly; int32 (k,), ascending."""
-    return (weight.detach().flatten().abs() < threshold).nonzero().flatten().to(torch.int32)
+    """SaRA's entries: places where |w| < threshold, strictly and in float32; int32 (k,), ascending."""
+    return (weight.detach().flatten().abs().float() < threshold).nonzero().flatten().to(torch.int32)
 
 
 def low_rank_part(weight: Tensor, rank: int, seed: int = 0) -> Tensor:
@@ -215,7 +215,11 @@ def choose(network: nn.Module, config: SparseConfig, seed: int = 0) -> Choice:
         if not weight.is_floating_point() or weight.numel() >= 2**31:
             raise ConfigError(f"sparse.targets: {path!r} is quantised or too large; its entries cannot be changed")
     if config.method == "hft":
-        return dict.fromkeys((path, "weight") for path in half(layers, seed))
+        if not (chosen := half(layers, seed)):
+            raise ConfigError(
+                f"sparse.targets: got {config.targets!r}, which is one matrix, and the half of one is none here; take more"
+            )
+        return dict.fromkeys((path, "weight") for path in chosen)
     if config.method == "lift":
         return {
             (path, "weight"): principal(
@@ -307,7 +311,7 @@ def share_places(network: nn.Module, accelerator: Accelerator, name: str = adapt
         if name in layer.index(kind)
     ]
     digest = hashlib.sha256(repr([(key, len(index)) for key, index in found]).encode()).digest()
-    own = torch.tensor([int.from_bytes(digest[:7])], device=accelerator.device)
+    own = torch.tensor([int.from_bytes(digest[:7], "big")], device=accelerator.device)
     if len(set(accelerator.gather(own).tolist())) > 1:
         raise ConfigError(
             "sparse: processes have chosen different numbers of entries, so their weights differ; see that all load the same "

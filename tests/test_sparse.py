@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,13 @@ def test_sara_takes_exactly_the_entries_below_its_threshold(base: UNet2DConditio
     assert len(sparse.below(torch.tensor([1e-2, -1e-2, 0.0, -9e-3]), 1e-2)) == 2  # strictly below
 
 
+def test_a_threshold_is_not_rounded_to_the_type_of_the_weights() -> None:
+    weight = torch.tensor([1e-3, -1e-3, 2e-3]).bfloat16()
+    assert weight.float().abs().tolist() == pytest.approx([0.99945e-3, 0.99945e-3, 1.99890e-3], rel=1e-4)
+    assert sparse.below(weight, 1e-3).tolist() == [0, 1]
+    assert sparse.below(weight, 2e-3).tolist() == [0, 1, 2]
+
+
 def test_biases_and_norms_are_a_choice(base: UNet2DConditionModel) -> None:
     network = copy.deepcopy(base)
     sparse.attach(network, SparseConfig(method="sara", threshold=1e-2, biases_and_norms=True))
@@ -168,6 +176,20 @@ def test_hft_takes_two_of_the_four_projections_of_every_attention(base: UNet2DCo
     first = [p.endswith("ff.net.0.proj") for p in chosen if ".ff." in p]
     assert all(a != b for a, b in itertools.pairwise(first))  # one of the two, by turns
     assert chosen == sparse.half(layers, 5) != sparse.half(layers, 6)
+
+
+@pytest.mark.parametrize("name", ["sd35-medium", "flux1-dev"])
+def test_hft_takes_two_of_the_four_projections_of_the_text_side(name: str) -> None:
+    network = meta(name)
+    layers = {p: adapters.base_layers(network)[p] for p in adapters.target_modules(network, "all")}
+    chosen, sides = sparse.half(layers, 5), 0
+    for path in layers:
+        if path.endswith(".to_add_out"):
+            of = path.removesuffix(".to_add_out")
+            assert sum(p.startswith((f"{of}.add_", f"{of}.to_add_")) for p in chosen) == 2, of
+            assert sum(p.startswith(f"{of}.to_") and "to_add_" not in p for p in chosen) == 2, of
+            sides += 1
+    assert sides > 10
 
 
 def test_a_second_change_on_the_same_layers_chooses_from_the_same_base(unet: UNet2DConditionModel) -> None:
@@ -564,6 +586,38 @@ def test_damaged_and_foreign_states_are_refused(base: UNet2DConditionModel, unet
 
 
 @torch.no_grad()
+def test_a_file_that_is_written_again_tells_of_the_base_it_is_for_now(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    sparse.attach(unet, LIFT)
+    stir(unet)
+    export.save_lora(unet, None, tmp_path / "one", family="sdxl")
+    for folder, network in (("two", copy.deepcopy(base).bfloat16()), ("three", copy.deepcopy(base))):
+        info = export.load_lora(network, tmp_path / "one", family="sdxl")
+        known = {key.removeprefix("diffalign."): value for key, value in info.metadata.items() if key != "format"}
+        files = export.save_lora(network, None, tmp_path / folder, family="sdxl", metadata=known)
+        assert delta_files.HEADER not in export.read_metadata(files["comfyui"])
+    of = [json.loads(export.read_metadata(tmp_path / name)[delta_files.HEADER]) for name in ("one", "two", "three")]
+    assert [header["base_dtype"] for header in of] == ["float32", "bfloat16", "float32"]
+    export.load_lora(copy.deepcopy(base), tmp_path / "two", family="sdxl")
+
+
+def test_an_adapter_of_another_kind_leaves_no_file_to_be_found(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    lora = copy.deepcopy(base)
+    adapters.attach(lora, LoraConfig(rank=2))
+    sparse.attach(unet, LIFT)
+    for network, style in ((lora, "diffusers"), (unet, "delta"), (lora, "diffusers")):
+        files = export.save_lora(network, None, tmp_path, family="sdxl")
+        assert set(tmp_path.iterdir()) == set(files.values())
+        assert export.load_lora(copy.deepcopy(base), tmp_path, family="sdxl").style == style
+    export.save_lora(unet, None, tmp_path, family="sdxl")
+    delta_files.save_delta(unet, tmp_path, facts={})
+    assert [file.name for file in tmp_path.iterdir()] == [delta_files.FILE_NAME]
+
+
+@torch.no_grad()
 def test_a_file_is_fused_into_the_base_that_is_named_with_it(tiny_folder: Path, tmp_path: Path) -> None:
     family: Any = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
     family.load(NETWORK)
@@ -600,6 +654,12 @@ def test_settings_out_of_range_or_unread_are_refused(config: SparseConfig, said:
 def test_targets_and_thresholds_that_leave_nothing_are_refused(unet: UNet2DConditionModel) -> None:
     with pytest.raises(ConfigError, match=r"sparse\.targets: no linear or convolution layer ends with 'to_qq'"):
         sparse.attach(unet, SparseConfig(method="hft", targets=("to_qq",)))
+    one = next(path for path in adapters.target_modules(unet, "all") if path.endswith(".conv1"))
+    for seed in range(4):  # whichever way the coin falls for an odd number
+        try:
+            assert len(sparse.choose(unet, SparseConfig(method="hft", targets=(one,)), seed)) == 1
+        except ConfigError as error:
+            assert str(error).startswith("sparse.targets: got (")  # noqa: PT017
     with pytest.raises(
         ConfigError, match=r"sparse\.threshold: got 1e-30, and no entry is smaller; half of them are below"
     ):
