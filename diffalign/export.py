@@ -477,7 +477,9 @@ def load_lora(
         from diffalign.delta_files import load_delta
 
         check_family(file, metadata, family)
-        return load_delta(network, file, name=name, trainable=trainable)
+        info = load_delta(network, file, name=name, trainable=trainable)
+        _tell_negative(info, negative)
+        return info
     origin = _origin(metadata)
     style = "kohya" if any(key.startswith(("lora_unet_", "lora_te")) for key in tensors) else "diffusers"
     found = [
@@ -508,23 +510,28 @@ def load_lora(
     if not trainable:
         for parameter in adapters.parameters(network, name):
             parameter.requires_grad_(False)
-    role = metadata.get("diffalign.role", "positive")
-    if role == "negative" and not negative:
-        logger.warning(
-            "%s: a negative-preference adapter, loaded as an ordinary one: it pulls towards what people reject; "
-            "it is meant for the negative branch of classifier-free guidance",
-            file,
-        )
-    return LoraInfo(
+    info = LoraInfo(
         path=file,
         style=style,
         name=name,
         modules=len(ranks),
         rank=Counter(ranks).most_common(1)[0][0],
         alpha=Counter(alphas).most_common(1)[0][0],
-        role=role,
+        role=metadata.get("diffalign.role", "positive"),
         metadata=metadata,
     )
+    _tell_negative(info, negative)
+    return info
+
+
+def _tell_negative(info: LoraInfo, negative: bool) -> None:
+    """Warn of an adapter for the negative branch that is loaded as an ordinary one."""
+    if info.role == "negative" and not negative:
+        logger.warning(
+            "%s: a negative-preference adapter, loaded as an ordinary one: it pulls towards what people reject; "
+            "it is meant for the negative branch of classifier-free guidance",
+            info.path,
+        )
 
 
 def adapts_text(path: Path) -> bool:

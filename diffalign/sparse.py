@@ -21,6 +21,7 @@ AdamW's weight decay acts on changes here and pulls towards the base, not toward
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,10 +39,12 @@ from diffalign.delta_layers import KINDS, DeltaLayer, Kind, delta_layers, plain_
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.schedules import generator_for, sample_seed
 
+log = logging.getLogger(__name__)
 RECORDS = "diffalign_deltas"  # the network's attribute: what is known of its changes, by adapter
 SHA, NORMS = "base.sha256", "base.norms"  # in a state: which base the entries were chosen on
 LEAST_SIDE, LEAST_ENTRIES = 64, 100  # of matrices in the nuclear norm, both exclusive; adamw2.py
 NORM_TOLERANCE = 2e-3  # by which norms of a base in another floating type may differ
+ROUNDING = 1e-5  # by which they may in the same one, where an adapter was fused on another device, say
 _READ = {
     "sara": ("threshold", "biases_and_norms", "nuclear_norm", "reselect_at"),
     "lift": ("rank", "filter_rank"),
@@ -380,7 +383,8 @@ def require_base(own: Record, state: Mapping[str, Tensor], what: str, dtype: str
         own: of the base that is here.
         state: with `base.sha256` and `base.norms`.
         what: whose entries, for the message.
-        dtype: of their base. Where it is another, bytes differ anyway and norms are compared.
+        dtype: of their base; None: the same as here. Where it is another, bytes differ anyway and norms are compared, up to
+            2e-3; where it is the same, norms may differ by 1e-5, with a warning.
 
     Raises:
         CheckpointError: the bases differ.
@@ -388,13 +392,21 @@ def require_base(own: Record, state: Mapping[str, Tensor], what: str, dtype: str
     if SHA not in state or NORMS not in state:
         raise CheckpointError(f"{what}: {SHA} or {NORMS} is missing, so nobody knows which base it is for")
     sha, norms = state[SHA], state[NORMS]
-    same = torch.equal(sha.cpu(), own.sha256)
-    if not same and dtype not in (None, own.dtype) and norms.shape == own.norms.shape:
-        same = torch.allclose(norms.float(), own.norms, rtol=NORM_TOLERANCE, atol=1e-6)
-    if not same:
+    if torch.equal(sha.cpu(), own.sha256):
+        return
+    rounded = dtype not in (None, own.dtype)  # to another type
+    tolerances = {"rtol": NORM_TOLERANCE, "atol": 1e-6} if rounded else {"rtol": ROUNDING, "atol": 1e-8}
+    if norms.shape != own.norms.shape or not torch.allclose(norms.cpu().float(), own.norms, **tolerances):
         raise CheckpointError(
             f"{what}: its entries were chosen on other weights than this base has; load the base that it was trained on "
             "(model.pretrained, model.adapters). For relatives of it, ComfyUI takes the .diff file of 'diffalign export'"
+        )
+    if not rounded:
+        log.warning(
+            "%s: this base has not the very weights that its entries were chosen on, but their norms agree up to %g: taken "
+            "for rounding, as of adapters that were fused on another device",
+            what,
+            ROUNDING,
         )
 
 

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from diffalign import adapters, delta_files, export, gates, soups, sparse
+from diffalign._preflight_negative import check_fused
 from diffalign.architecture import resolve
 from diffalign.branches import Branches
 from diffalign.config import LoraConfig, ModelConfig, SparseConfig
 from diffalign.delta_layers import DeltaLayer, delta_layers
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.families import NETWORK, load_family, published
+from diffalign.model_card import _fuse_lines, snippet
 from diffalign.world.bases import build_untrained
 
 SARA = SparseConfig(method="sara", threshold=1e-2)
@@ -547,7 +549,7 @@ def test_another_base_is_refused(base: UNet2DConditionModel, unet: UNet2DConditi
     export.save_lora(unet, None, tmp_path, family="sdxl")
     other = copy.deepcopy(base)
     with torch.no_grad():
-        other.down_blocks[0].resnets[0].conv1.weight[0, 0, 0, 0] += 1e-6  # one entry
+        other.down_blocks[0].resnets[0].conv1.weight *= 1 + 1e-4  # one matrix
     untouched = copy.deepcopy(other)
     with pytest.raises(CheckpointError, match=r"chosen on other weights.*model\.pretrained"):
         export.load_lora(other, tmp_path, family="sdxl")
@@ -564,6 +566,27 @@ def test_another_base_is_refused(base: UNet2DConditionModel, unet: UNet2DConditi
         other.down_blocks[0].resnets[0].conv1.weight *= 1.01
     with pytest.raises(CheckpointError, match="chosen on other weights"):
         export.load_lora(other.bfloat16(), tmp_path, family="sdxl")
+
+
+def test_a_base_that_differs_by_rounding_is_taken_with_a_warning(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sparse.attach(unet, LIFT)
+    stir(unet)
+    export.save_lora(unet, None, tmp_path, family="sdxl")
+    rounded = copy.deepcopy(base)
+    with torch.no_grad():
+        rounded.down_blocks[0].resnets[0].conv1.weight *= 1 + 1e-6
+    loaded, resumed, attached = (copy.deepcopy(rounded) for _ in range(3))
+    export.load_lora(copy.deepcopy(base), tmp_path, family="sdxl")
+    assert "taken for rounding" not in caplog.text
+    export.load_lora(loaded, tmp_path, family="sdxl")
+    sparse.attach(resumed, LIFT)
+    adapters.load_state_dict(resumed, adapters.state_dict(unet))
+    sparse.attach_state(attached, adapters.state_dict(unet), "lift")
+    assert caplog.text.count("taken for rounding") == 3
+    for network in (loaded, resumed, attached):
+        torch.testing.assert_close(quiet(network), quiet(unet), rtol=1e-3, atol=1e-4)
 
 
 def test_damaged_and_foreign_states_are_refused(base: UNet2DConditionModel, unet: UNet2DConditionModel) -> None:
@@ -618,7 +641,9 @@ def test_an_adapter_of_another_kind_leaves_no_file_to_be_found(
 
 
 @torch.no_grad()
-def test_a_file_is_fused_into_the_base_that_is_named_with_it(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_file_is_fused_into_the_base_that_is_named_with_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family: Any = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
     family.load(NETWORK)
     sparse.attach(family.network, SARA)
@@ -628,6 +653,43 @@ def test_a_file_is_fused_into_the_base_that_is_named_with_it(tiny_folder: Path, 
     fused.load(NETWORK)
     assert not adapters.is_adapted(fused.network)
     assert torch.equal(quiet(fused.network), quiet(family.network))
+    # as the model card of a run on it says, for which a file is where the run is
+    lines = _fuse_lines(fused.config)
+    assert not any("load_lora_weights" in line for line in lines)
+    bare: Any = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
+    bare.load(NETWORK)
+    monkeypatch.chdir(tmp_path.parent)
+    exec("\n".join(lines), {"pipe": SimpleNamespace(unet=bare.network)})  # noqa: S102
+    assert not adapters.is_adapted(bare.network)
+    assert torch.equal(quiet(bare.network), quiet(family.network))
+
+
+def test_a_run_below_float32_is_told_what_its_fused_base_loses(
+    unet: UNet2DConditionModel, tiny_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sparse.attach(unet, LIFT)
+    export.save_lora(unet, None, tmp_path / "file", family="sdxl")
+    for precision in ("no", "bf16"):
+        config = tiny_config(
+            tmp_path, model={"adapters": [str(tmp_path / "file")]}, training={"mixed_precision": precision}
+        )
+        check_fused(config)
+        assert ("are rounded away" in caplog.text) == (precision == "bf16")
+    code = snippet(config, "delta_weights.safetensors")
+    assert code.count("from diffalign.export import load_lora") == 1
+    assert code.index("sparse.remove(pipe.unet)") < code.index("image = pipe(")
+
+
+@torch.no_grad()
+def test_a_change_for_the_negative_branch_is_not_loaded_silently_as_an_ordinary_one(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sparse.attach(unet, LIFT)
+    export.save_lora(unet, None, tmp_path, family="sdxl", metadata={"role": "negative"})
+    export.load_lora(copy.deepcopy(base), tmp_path, family="sdxl", negative=True)
+    assert "loaded as an ordinary one" not in caplog.text
+    export.load_lora(copy.deepcopy(base), tmp_path, family="sdxl")
+    assert "loaded as an ordinary one" in caplog.text
 
 
 # Refusals
