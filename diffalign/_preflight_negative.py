@@ -176,8 +176,8 @@ def check_fused(config: RunConfig) -> None:
         export.check_family(file, metadata, config.model.family)
         if "diffalign.delta" in metadata and config.training.mixed_precision != "no":
             log.warning(
-                "model.adapters: %s holds changed weights, which are fused in %s: changes below about %s of their weight are "
-                "rounded away; with training.mixed_precision 'no' all of them stay",
+                "model.adapters: %s holds changed weights, which are fused in %s: changes below about %s of their weight "
+                "are rounded away; with training.mixed_precision 'no' all of them stay",
                 file,
                 config.training.mixed_precision,
                 {"bf16": "0.4 %", "fp16": "0.05 %"}[config.training.mixed_precision],

@@ -317,8 +317,8 @@ def share_places(network: nn.Module, accelerator: Accelerator, name: str = adapt
     own = torch.tensor([int.from_bytes(digest[:7], "big")], device=accelerator.device)
     if len(set(accelerator.gather(own).tolist())) > 1:
         raise ConfigError(
-            "sparse: processes have chosen different numbers of entries, so their weights differ; see that all load the same "
-            "files (model.pretrained, model.adapters)"
+            "sparse: processes have chosen different numbers of entries, so their weights differ; see that all load the "
+            "same files (model.pretrained, model.adapters)"
         )
     for _, index in found:
         index.copy_(broadcast(index, from_process=0))
@@ -395,8 +395,8 @@ def require_base(own: Record, state: Mapping[str, Tensor], what: str, dtype: str
     if torch.equal(sha.cpu(), own.sha256):
         return
     rounded = dtype not in (None, own.dtype)  # to another type
-    tolerances = {"rtol": NORM_TOLERANCE, "atol": 1e-6} if rounded else {"rtol": ROUNDING, "atol": 1e-8}
-    if norms.shape != own.norms.shape or not torch.allclose(norms.cpu().float(), own.norms, **tolerances):
+    rtol, atol = (NORM_TOLERANCE, 1e-6) if rounded else (ROUNDING, 1e-8)
+    if norms.shape != own.norms.shape or not torch.allclose(norms.cpu().float(), own.norms, rtol=rtol, atol=atol):
         raise CheckpointError(
             f"{what}: its entries were chosen on other weights than this base has; load the base that it was trained on "
             "(model.pretrained, model.adapters). For relatives of it, ComfyUI takes the .diff file of 'diffalign export'"

@@ -659,7 +659,7 @@ def test_a_file_is_fused_into_the_base_that_is_named_with_it(
     bare: Any = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
     bare.load(NETWORK)
     monkeypatch.chdir(tmp_path.parent)
-    exec("\n".join(lines), {"pipe": SimpleNamespace(unet=bare.network)})  # noqa: S102
+    exec("\n".join(lines), {"pipe": SimpleNamespace(unet=bare.network)})
     assert not adapters.is_adapted(bare.network)
     assert torch.equal(quiet(bare.network), quiet(family.network))
 
