@@ -65,9 +65,8 @@ def save_delta(
     header = json.dumps({"version": VERSION, "method": record.method, "base_dtype": record.dtype}, sort_keys=True)
     file = Path(out_dir) / FILE_NAME
     metadata = {f"diffalign.{key}": value for key, value in facts.items()}
-    export.write_file(
-        file, tensors, {"format": "pt"} | metadata | {HEADER: header}
-    )  # not that of the file it came from
+    own = {HEADER: header}  # wins over that of the file the change came from
+    export.write_file(file, tensors, {"format": "pt"} | metadata | own)
     (file.parent / COMFY_NAME).unlink(missing_ok=True)  # that of an earlier one into the same folder is another change
     export.remove_others(file.parent, "delta")
     return file
