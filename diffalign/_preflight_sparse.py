@@ -51,6 +51,13 @@ def check_sparse_run(config: RunConfig) -> None:
         raise ConfigError(
             "training.compile: got true; blocks with changed weights (section sparse) are not compiled: remove it"
         )
+    for key in ("train_batch_size", "gradient_checkpointing"):
+        if sparse.method == "sara" and getattr(training, key) == "auto":
+            raise ConfigError(
+                f"training.{key}: got 'auto'; which entries are below sparse.threshold is known when weights are there, and "
+                "before that all entries of the layers would be counted: give "
+                f"{'a number' if key == 'train_batch_size' else 'true or false'}"
+            )
     if sparse.reselect_at is not None and sparse.reselect_at >= training.max_train_steps:
         # Not refused: a run may be meant to be looked at early, and to be resumed with more steps.
         log.warning(

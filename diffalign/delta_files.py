@@ -65,7 +65,10 @@ def save_delta(
     header = json.dumps({"version": VERSION, "method": record.method, "base_dtype": record.dtype}, sort_keys=True)
     file = Path(out_dir) / FILE_NAME
     metadata = {f"diffalign.{key}": value for key, value in facts.items()}
-    export.write_file(file, tensors, {"format": "pt", HEADER: header} | metadata)
+    own = {HEADER: header}  # wins over that of the file the change came from
+    export.write_file(file, tensors, {"format": "pt"} | metadata | own)
+    (file.parent / COMFY_NAME).unlink(missing_ok=True)  # that of an earlier one into the same folder is another change
+    export.remove_others(file.parent, "delta")
     return file
 
 
@@ -116,7 +119,7 @@ def save_differences(
             if halves_swapped(network, family, paths[0]):
                 difference = torch.cat(difference.chunk(2)[::-1])
             tensors[f"{their_name}.{suffix}"] = export.cast(their_name, difference, dtype)
-    metadata = {f"diffalign.{key}": value for key, value in facts.items()}
+    metadata = {key: value for fact, value in facts.items() if (key := f"diffalign.{fact}") != HEADER}
     export.write_file(
         file, tensors, {"format": "pt"} | modelspec_metadata(network, family, dict(facts), tensors) | metadata
     )

@@ -5,7 +5,9 @@ while it is trained, so switched off it leaves the base to the bit. `diffalign.s
 
 In float32 a layer runs once, with W0 + change as its weight: exactly the network that a merged file gives. Below float32 a
 small change of a large weight would be rounded away, so there the layer runs a second time with the change alone as its
-weight, and the outputs are added; linear layers, convolutions and norms are all linear in their own parameters.
+weight, and the outputs are added; linear layers, convolutions and norms are all linear in their own parameters. Values are
+float32 and rounded for that pass: in float16 those below 3e-8 become zero and 1e-6 is off by up to 3 %, so bfloat16, whose
+error is 0.4 % at any size, is the better one.
 
 peft's SHiRA is such a layer for linear ones with exactly r (rows + columns) entries. It is not used here: convolutions and
 norms have none, a threshold chooses any number of entries, and its change is rounded with the weight below float32.

@@ -49,6 +49,11 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+KINDS = {  # the files of an adapter by its kind; those of the others are named here as this module is imported there
+    "lora": (FILE_NAME, KOHYA_NAME),
+    "delta": ("delta_weights.safetensors", "delta_weights_comfyui.safetensors"),
+    "gated": ("gated_lora_weights.safetensors",),
+}
 _ADAPTER_KEY = "lora_adapter_metadata"  # diffusers' name for the JSON text that holds alpha
 
 _PEFT_ALPHA = 8  # what peft takes where settings leave alpha out
@@ -165,6 +170,7 @@ def save_lora(
     diffusers_file, kohya_file = Path(out_dir) / FILE_NAME, Path(out_dir) / KOHYA_NAME
     spec = modelspec_metadata(network, family, facts, plain)
     write_file(diffusers_file, plain, {"format": "pt", _ADAPTER_KEY: header} | spec | ours)
+    remove_others(diffusers_file.parent, "lora")
     if kohya is None:
         kohya_file.unlink(missing_ok=True)  # that of an earlier export into the same folder is another adapter
         return {"diffusers": diffusers_file}
@@ -358,6 +364,20 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             part.unlink()
 
 
+def remove_others(folder: Path, kind: str) -> None:
+    """Remove adapter files of other kinds from a folder: an adapter is written anew, and they would be found instead.
+
+    Args:
+        folder: with the new file.
+        kind: of the new file, one of `KINDS`.
+    """
+    for other, names in KINDS.items():
+        for name in names if other != kind else ():
+            if (folder / name).is_file():
+                (folder / name).unlink()
+                logger.warning("%s removed: an earlier adapter of another kind in the same folder", folder / name)
+
+
 # Reading
 
 
@@ -372,7 +392,7 @@ def find_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such adapter; expected a .safetensors file or a run folder with {FILE_NAME}")
-    for name in (FILE_NAME, "delta_weights.safetensors"):
+    for name in (FILE_NAME, KINDS["delta"][0]):
         if (path / name).is_file():
             return path / name
     if (path / "manifest.json").is_file():
@@ -457,7 +477,9 @@ def load_lora(
         from diffalign.delta_files import load_delta
 
         check_family(file, metadata, family)
-        return load_delta(network, file, name=name, trainable=trainable)
+        info = load_delta(network, file, name=name, trainable=trainable)
+        _tell_negative(info, negative)
+        return info
     origin = _origin(metadata)
     style = "kohya" if any(key.startswith(("lora_unet_", "lora_te")) for key in tensors) else "diffusers"
     found = [
@@ -488,23 +510,28 @@ def load_lora(
     if not trainable:
         for parameter in adapters.parameters(network, name):
             parameter.requires_grad_(False)
-    role = metadata.get("diffalign.role", "positive")
-    if role == "negative" and not negative:
-        logger.warning(
-            "%s: a negative-preference adapter, loaded as an ordinary one: it pulls towards what people reject; "
-            "it is meant for the negative branch of classifier-free guidance",
-            file,
-        )
-    return LoraInfo(
+    info = LoraInfo(
         path=file,
         style=style,
         name=name,
         modules=len(ranks),
         rank=Counter(ranks).most_common(1)[0][0],
         alpha=Counter(alphas).most_common(1)[0][0],
-        role=role,
+        role=metadata.get("diffalign.role", "positive"),
         metadata=metadata,
     )
+    _tell_negative(info, negative)
+    return info
+
+
+def _tell_negative(info: LoraInfo, negative: bool) -> None:
+    """Warn of an adapter for the negative branch that is loaded as an ordinary one."""
+    if info.role == "negative" and not negative:
+        logger.warning(
+            "%s: a negative-preference adapter, loaded as an ordinary one: it pulls towards what people reject; "
+            "it is meant for the negative branch of classifier-free guidance",
+            info.path,
+        )
 
 
 def adapts_text(path: Path) -> bool:

@@ -320,7 +320,8 @@ def save_gated(
     }
     file = Path(out_dir) / FILE_NAME
     metadata = {f"diffalign.{key}": value for key, value in facts.items()}
-    export.write_file(file, tensors, {"format": "pt", HEADER: json.dumps(header)} | metadata)
+    export.write_file(file, tensors, {"format": "pt"} | metadata | {HEADER: json.dumps(header)})
+    export.remove_others(file.parent, "gated")
     log.info(
         "gated experts: only %s is written; gates depend on the time, so no diffusers or kohya file can hold them", file
     )

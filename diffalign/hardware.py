@@ -28,7 +28,8 @@ def make_accelerator(training: TrainingConfig, output_dir: str) -> Accelerator:
         torch.set_num_threads(training.threads)
     # While the main process samples and evaluates, the others wait for it: longer than torch's ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    # Buffers are constants, sent once at the start; those of changed weights are as large as what is trained.
+    # Buffers are constants and the same everywhere: with this, nothing sends them, not even at the start. Those of changed
+    # weights, as large as what is trained, are sent once by `sparse.share_places`.
     wrapper = DistributedDataParallelKwargs(broadcast_buffers=False)
     # accelerate keeps the precision of a process's first run; a second run in the same process may want another.
     AcceleratorState._reset_state()

@@ -117,8 +117,8 @@ class _Flops(TorchDispatchMode):
 class _Saved:
     """Which storages autograd keeps, sorted by where: inside a block that checkpointing would recompute, or outside.
 
-    Parameters do not count. Installed as a network's checkpointing function, `block` runs every block as it is, so that
-    one forward pass answers both ways.
+    Parameters and buffers, such as places of changed weights, do not count. Installed as a network's checkpointing function,
+    `block` runs every block as it is, so that one forward pass answers both ways.
     """
 
     def __init__(self, parameters: set[int]) -> None:
@@ -155,6 +155,11 @@ class _Saved:
         return output
 
 
+def resident(network: torch.nn.Module) -> list[Tensor]:
+    """What is there whether or not anything is kept: parameters and buffers, such as places of changed weights."""
+    return [*network.parameters(), *network.buffers()]
+
+
 def _size(storages: dict[int, torch.UntypedStorage]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -167,6 +172,7 @@ def measure_network(
     dtype: torch.dtype,
     branch: Kind | None = None,
     sparse: SparseConfig | None = None,
+    seed: int = 0,
 ) -> NetworkCost:
     """Count one image or clip through the network as its family calls it.
 
@@ -177,13 +183,15 @@ def measure_network(
         dtype: of the frozen weights; below float32 the training pass is counted under autocast to it.
         branch: for users or preferences, where one is trained.
         sparse: entries of the weights, where they are trained; of SaRA all entries of its layers are counted.
+        seed: of the run, which HFT's half depends on.
 
     Raises:
         ConfigError: a class that cannot be built or whose inputs are not known, or LoRA targets that name no layer.
     """
     key = json.dumps([architecture.network, architecture.conditioning], sort_keys=True)
     family = architecture.family
-    return _measure_network(_Call(key, family, architecture), lora, shape, dtype, branch, sparse)
+    seed = seed if sparse is not None and sparse.method == "hft" else 0  # what else is counted is measured once
+    return _measure_network(_Call(key, family, architecture), lora, shape, dtype, branch, sparse, seed)
 
 
 class _Call:
@@ -227,6 +235,7 @@ def _measure_network(
     dtype: torch.dtype,
     kind: Kind | None = None,
     sparse: SparseConfig | None = None,
+    seed: int = 0,
 ) -> NetworkCost:
     from diffalign import sparse as entries
     from diffalign.adapters import attach, count
@@ -240,7 +249,7 @@ def _measure_network(
         attach(network, network_lora(lora))
         modules, lora_parameters = count(network, "default")
     if sparse is not None and sparse.method is not None:
-        entries.attach(network, sparse)
+        entries.attach(network, sparse, seed=seed)
         modules, lora_parameters = count(network, "default")
     if kind is not None:
         branch = kind.attach(network)
@@ -248,7 +257,7 @@ def _measure_network(
         branch.seat(torch.ones(1, branch.width, device="meta"))
         lora_parameters += sum(p.numel() for p in branch.parameters())
 
-    saved = _Saved({p.untyped_storage()._cdata for p in network.parameters()})
+    saved = _Saved({x.untyped_storage()._cdata for x in resident(network)})
     network.train()  # diffusers calls the checkpointing function only in training mode
     network.enable_gradient_checkpointing(saved.block)
     with _Training(low), _Flops() as policy:

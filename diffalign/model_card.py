@@ -14,7 +14,7 @@ from diffalign import __version__, plugins
 from diffalign._run_data import interval_of, read_data_report, row_counts
 from diffalign.config import ModelConfig, RunConfig
 from diffalign.config_loading import to_tree
-from diffalign.errors import did_you_mean
+from diffalign.errors import CheckpointError, did_you_mean
 from diffalign.files import atomic_write_text
 from diffalign.preferences import said
 from diffalign.sparse import describe, label
@@ -377,7 +377,9 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
             f"{model.flow_shift})"
         )
     alone, adapter = config.negative.alone, quoted(lora)
-    lines += _fuse_lines(model)
+    fusing = _fuse_lines(model)
+    lines[1:1] = [line for line in dict.fromkeys(fusing) if line.startswith("from ")]
+    lines += [line for line in fusing if not line.startswith("from ")]
     if alone:
         lines.insert(1, "from diffalign.sampling.guidance import NegativeGuidance")
         load = ""
@@ -443,6 +445,7 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
         lines += [f'export_to_video(frames, "sample.mp4", fps={fps})']
     else:
         lines += ['image.save("sample.png")']
+    lines = [line for i, line in enumerate(lines) if not line.startswith("from ") or line not in lines[:i]]
     return "\n".join(lines) + "\n"
 
 
@@ -451,9 +454,30 @@ def _fuse_lines(model: ModelConfig) -> list[str]:
     lines = []
     for source in model.adapters:
         name = Path(source).name
+        if _holds_changes(source):
+            network = f"pipe.{_network_part(model)}"
+            lines += [
+                "from diffalign import sparse",
+                "from diffalign.export import load_lora",
+                f'load_lora({network}, {quoted(name)}, family={quoted(model.family)}, name="fused")  # what the base had: '
+                "your path to it",
+                f'{network}.fuse_lora(adapter_names=["fused"])',
+                f"sparse.remove({network})",
+            ]
+            continue
         lines += [f'pipe.load_lora_weights({quoted(name)}, adapter_name="fused")  # what the base had: your path to it']
         lines += ['pipe.fuse_lora(adapter_names=["fused"])', "pipe.unload_lora_weights()"]
     return lines
+
+
+def _holds_changes(source: str) -> bool:
+    """Whether an adapter file holds changed weights; one that is gone is taken for a LoRA."""
+    from diffalign import export
+
+    try:
+        return "diffalign.delta" in export.read_metadata(Path(source).expanduser())
+    except CheckpointError:
+        return False
 
 
 def _frames(config: RunConfig) -> int:

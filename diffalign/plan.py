@@ -227,6 +227,7 @@ class _Costs:
             dtype=self.dtype,
             branch=wanted(config),
             sparse=config.sparse,
+            seed=config.seed,
         )
         self.text: TextCost | None = measure_text_encoders(self.architecture, config.lora, dtype=self.dtype)
         self.encoder: EncodeCost = measure_encoder(self.architecture.configs["vae"], resolution, frames)
@@ -241,12 +242,12 @@ class _Costs:
         if self.text is not None:  # at most: images of one prompt share what its encoders keep
             kept += images * self.text.saved_bytes
             trained, weights = trained + self.text.lora_parameters, weights + self.text.weight_bytes
-        states = {"adamw8bit": 2, "adafactor": 0}.get(
-            training.optimizer, 8
-        )  # bytes per number; Adafactor's are factored
+        listed = self.config.sparse.method in ("sara", "lift")  # values on one axis, and their places
+        # Bytes per number; Adafactor's are factored, but not those on one axis.
+        states = {"adamw8bit": 2, "adafactor": 4 if listed else 0}.get(training.optimizer, 8)
         return Memory(
             network=weights,
-            adapter=trained * (4 + 4 + states + (4 if self.config.sparse.method in ("sara", "lift") else 0)),  # places
+            adapter=trained * (4 + 4 + states + (4 if listed else 0)),
             ema=0 if training.ema_decay is None else trained * 4,
             encoders=0 if self.config.cache.enabled or not self.has_pairs else self._encoding(2),
             activations=kept,

@@ -21,6 +21,7 @@ AdamW's weight decay acts on changes here and pulls towards the base, not toward
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from diffalign import adapters
@@ -36,18 +39,20 @@ from diffalign.delta_layers import KINDS, DeltaLayer, Kind, delta_layers, plain_
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.schedules import generator_for, sample_seed
 
+log = logging.getLogger(__name__)
 RECORDS = "diffalign_deltas"  # the network's attribute: what is known of its changes, by adapter
 SHA, NORMS = "base.sha256", "base.norms"  # in a state: which base the entries were chosen on
 LEAST_SIDE, LEAST_ENTRIES = 64, 100  # of matrices in the nuclear norm, both exclusive; adamw2.py
 NORM_TOLERANCE = 2e-3  # by which norms of a base in another floating type may differ
+ROUNDING = 1e-5  # by which they may in the same one, where an adapter was fused on another device, say
 _READ = {
     "sara": ("threshold", "biases_and_norms", "nuclear_norm", "reselect_at"),
     "lift": ("rank", "filter_rank"),
     "hft": (),
 }
 _TITLES = {"sara": "SaRA", "lift": "LIFT", "hft": "HFT"}
-# The four projections of an attention; those of a transformer's text side are four of their own.
-_PROJECTION = re.compile(r"^(.*\.attn\d*)\.(?:(to)_[a-z0-9.]+|(add)_[a-z0-9._]+)$")
+# The four projections of an attention; those of a transformer's text side, to_add_out among them, are four of their own.
+_PROJECTION = re.compile(r"^(.*\.attn\d*)\.(?:(to)_(?!add_)[a-z0-9.]+|(?:to_)?(add)_[a-z0-9._]+)$")
 
 Choice = dict[tuple[str, Kind], Tensor | None]  # (layer, parameter) -> places, None for all of them
 
@@ -109,8 +114,8 @@ def sara_learning_rate(threshold: float) -> float:
 
 
 def below(weight: Tensor, threshold: float) -> Tensor:
-    """SaRA's entries: places where |w| < threshold, strictly; int32 (k,), ascending."""
-    return (weight.detach().flatten().abs() < threshold).nonzero().flatten().to(torch.int32)
+    """SaRA's entries: places where |w| < threshold, strictly and in float32; int32 (k,), ascending."""
+    return (weight.detach().flatten().abs().float() < threshold).nonzero().flatten().to(torch.int32)
 
 
 def low_rank_part(weight: Tensor, rank: int, seed: int = 0) -> Tensor:
@@ -213,7 +218,11 @@ def choose(network: nn.Module, config: SparseConfig, seed: int = 0) -> Choice:
         if not weight.is_floating_point() or weight.numel() >= 2**31:
             raise ConfigError(f"sparse.targets: {path!r} is quantised or too large; its entries cannot be changed")
     if config.method == "hft":
-        return dict.fromkeys((path, "weight") for path in half(layers, seed))
+        if not (chosen := half(layers, seed)):
+            raise ConfigError(
+                f"sparse.targets: got {config.targets!r}, which is one matrix, and the half of one is none here; take more"
+            )
+        return dict.fromkeys((path, "weight") for path in chosen)
     if config.method == "lift":
         return {
             (path, "weight"): principal(
@@ -289,6 +298,32 @@ def place(network: nn.Module, choice: Choice, name: str, method: str) -> None:
     network.__dict__[RECORDS] = network.__dict__.get(RECORDS, {}) | {name: record}
 
 
+def share_places(network: nn.Module, accelerator: Accelerator, name: str = adapters.DEFAULT) -> None:
+    """Give every process the places that the first has chosen, in place; on one process nothing is done.
+
+    Each has chosen by itself, and a randomised SVD may differ by a bit between devices.
+
+    Raises:
+        ConfigError: numbers of entries differ: the processes have different weights.
+    """
+    if accelerator.num_processes == 1:
+        return
+    found = [
+        (f"{path}.{kind}", layer.index(kind)[name])
+        for path, kind, layer in changes(network, name)
+        if name in layer.index(kind)
+    ]
+    digest = hashlib.sha256(repr([(key, len(index)) for key, index in found]).encode()).digest()
+    own = torch.tensor([int.from_bytes(digest[:7], "big")], device=accelerator.device)
+    if len(set(accelerator.gather(own).tolist())) > 1:
+        raise ConfigError(
+            "sparse: processes have chosen different numbers of entries, so their weights differ; see that all load the "
+            "same files (model.pretrained, model.adapters)"
+        )
+    for _, index in found:
+        index.copy_(broadcast(index, from_process=0))
+
+
 def _wrap(network: nn.Module, path: str) -> DeltaLayer:
     """A `DeltaLayer` around a layer, inside of a LoRA that it may have."""
     parent, last = network.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
@@ -348,7 +383,8 @@ def require_base(own: Record, state: Mapping[str, Tensor], what: str, dtype: str
         own: of the base that is here.
         state: with `base.sha256` and `base.norms`.
         what: whose entries, for the message.
-        dtype: of their base. Where it is another, bytes differ anyway and norms are compared.
+        dtype: of their base; None: the same as here. Where it is another, bytes differ anyway and norms are compared, up to
+            2e-3; where it is the same, norms may differ by 1e-5, with a warning.
 
     Raises:
         CheckpointError: the bases differ.
@@ -356,13 +392,21 @@ def require_base(own: Record, state: Mapping[str, Tensor], what: str, dtype: str
     if SHA not in state or NORMS not in state:
         raise CheckpointError(f"{what}: {SHA} or {NORMS} is missing, so nobody knows which base it is for")
     sha, norms = state[SHA], state[NORMS]
-    same = torch.equal(sha.cpu(), own.sha256)
-    if not same and dtype not in (None, own.dtype) and norms.shape == own.norms.shape:
-        same = torch.allclose(norms.float(), own.norms, rtol=NORM_TOLERANCE, atol=1e-6)
-    if not same:
+    if torch.equal(sha.cpu(), own.sha256):
+        return
+    rounded = dtype not in (None, own.dtype)  # to another type
+    rtol, atol = (NORM_TOLERANCE, 1e-6) if rounded else (ROUNDING, 1e-8)
+    if norms.shape != own.norms.shape or not torch.allclose(norms.cpu().float(), own.norms, rtol=rtol, atol=atol):
         raise CheckpointError(
             f"{what}: its entries were chosen on other weights than this base has; load the base that it was trained on "
             "(model.pretrained, model.adapters). For relatives of it, ComfyUI takes the .diff file of 'diffalign export'"
+        )
+    if not rounded:
+        log.warning(
+            "%s: this base has not the very weights that its entries were chosen on, but their norms agree up to %g: taken "
+            "for rounding, as of adapters that were fused on another device",
+            what,
+            ROUNDING,
         )
 
 

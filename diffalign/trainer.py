@@ -14,6 +14,7 @@ import json
 import logging
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign import adapters, checkpoint, preflight
 from diffalign._run_data import describe_environment
@@ -210,12 +211,13 @@ def train(config: RunConfig) -> TrainResult:
                     out = job.loss(batch)
                     require_finite(step + 1, batch.ids, out.per_item, last_checkpoint)
                     share = len(out.per_item) / job.micro_batch
-                    accelerator.backward((out.loss + job.penalty(step, out)) * share / accumulation)
+                    accelerator.backward(out.loss * share / accumulation)
                 counted += len(out.per_item)
                 job.record(metrics, batch, out)
             if job.own_gradients:
                 average_gradients(accelerator, params)
             average_over(accelerator, params, counted, effective)
+            penalties = add_penalties(accelerator, params, job.penalties(step))
             grad_norm = clip(accelerator, params, training.max_grad_norm)
             rates = [float(rate) for rate in scheduler.get_last_lr()]
             optimizer.step()
@@ -230,7 +232,7 @@ def train(config: RunConfig) -> TrainResult:
             reference.after_step(step)
             job.after_step(step)
 
-            row = metrics.reduce()
+            row = metrics.reduce() | penalties
             if step == 1:  # of a new run
                 require_on_policy(row)
             seconds = time.perf_counter() - tick
@@ -376,6 +378,32 @@ def average_over(accelerator: Accelerator, params: list[nn.Parameter], counted: 
         for param in params:
             if param.grad is not None:
                 param.grad.mul_(expected / total)
+
+
+def add_penalties(
+    accelerator: Accelerator, params: list[nn.Parameter], penalties: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Add the gradient of terms beside the loss to that of the step, whatever its micro-batches and processes are.
+
+    Args:
+        accelerator: averages over processes, whose rounding may differ.
+        params: of the adapter, with the gradient of the whole step.
+        penalties: scalars with gradient, the same on every process.
+
+    Returns:
+        Their values.
+    """
+    if not penalties:
+        return {}
+    total = torch.stack(list(penalties.values())).sum()
+    if accelerator.scaler is not None:  # the other gradients are still scaled
+        total = accelerator.scaler.scale(total)
+    for param, found in zip(params, torch.autograd.grad(total, params, allow_unused=True), strict=True):
+        if found is None:
+            continue
+        added = accelerator.reduce(found, reduction="mean") if accelerator.num_processes > 1 else found
+        param.grad = added if param.grad is None else param.grad + added
+    return {name: float(value.detach()) for name, value in penalties.items()}
 
 
 def clip(accelerator: Accelerator, params: list[nn.Parameter], max_norm: float) -> float:

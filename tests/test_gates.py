@@ -277,7 +277,8 @@ def test_a_file_brings_experts_and_gates_back(base, fused, tmp_path: Path) -> No
     assert header["experts"] == ["one", "two"]
     assert all(math.isclose(sum(row), 1, abs_tol=1e-3) for row in header["shares"])
     # written again it is the same file, and in half precision nearly the same network
-    again = export.save_lora(other, None, tmp_path / "again", family="sdxl", metadata={"objective": "dpo"})
+    old = {"objective": "dpo", "gates": "what another file said"}
+    again = export.save_lora(other, None, tmp_path / "again", family="sdxl", metadata=old)
     assert_same_file(again["gated"], files["gated"])
     export.save_lora(other, None, tmp_path / "half", family="sdxl", dtype=torch.float16)
     half = copy.deepcopy(base)

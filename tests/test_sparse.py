@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +20,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from diffalign import adapters, delta_files, export, gates, soups, sparse
+from diffalign._preflight_negative import check_fused
 from diffalign.architecture import resolve
 from diffalign.branches import Branches
 from diffalign.config import LoraConfig, ModelConfig, SparseConfig
 from diffalign.delta_layers import DeltaLayer, delta_layers
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.families import NETWORK, load_family, published
+from diffalign.model_card import _fuse_lines, snippet
 from diffalign.world.bases import build_untrained
 
 SARA = SparseConfig(method="sara", threshold=1e-2)
@@ -89,6 +93,13 @@ def test_sara_takes_exactly_the_entries_below_its_threshold(base: UNet2DConditio
         mask[layer.index_weight["default"].long()] = True
         assert torch.equal(mask.view(layers[path].weight.shape), layers[path].weight.abs() < 1e-2)
     assert len(sparse.below(torch.tensor([1e-2, -1e-2, 0.0, -9e-3]), 1e-2)) == 2  # strictly below
+
+
+def test_a_threshold_is_not_rounded_to_the_type_of_the_weights() -> None:
+    weight = torch.tensor([1e-3, -1e-3, 2e-3]).bfloat16()
+    assert weight.float().abs().tolist() == pytest.approx([0.99945e-3, 0.99945e-3, 1.99890e-3], rel=1e-4)
+    assert sparse.below(weight, 1e-3).tolist() == [0, 1]
+    assert sparse.below(weight, 2e-3).tolist() == [0, 1, 2]
 
 
 def test_biases_and_norms_are_a_choice(base: UNet2DConditionModel) -> None:
@@ -167,6 +178,20 @@ def test_hft_takes_two_of_the_four_projections_of_every_attention(base: UNet2DCo
     first = [p.endswith("ff.net.0.proj") for p in chosen if ".ff." in p]
     assert all(a != b for a, b in itertools.pairwise(first))  # one of the two, by turns
     assert chosen == sparse.half(layers, 5) != sparse.half(layers, 6)
+
+
+@pytest.mark.parametrize("name", ["sd35-medium", "flux1-dev"])
+def test_hft_takes_two_of_the_four_projections_of_the_text_side(name: str) -> None:
+    network = meta(name)
+    layers = {p: adapters.base_layers(network)[p] for p in adapters.target_modules(network, "all")}
+    chosen, sides = sparse.half(layers, 5), 0
+    for path in layers:
+        if path.endswith(".to_add_out"):
+            of = path.removesuffix(".to_add_out")
+            assert sum(p.startswith((f"{of}.add_", f"{of}.to_add_")) for p in chosen) == 2, of
+            assert sum(p.startswith(f"{of}.to_") and "to_add_" not in p for p in chosen) == 2, of
+            sides += 1
+    assert sides > 10
 
 
 def test_a_second_change_on_the_same_layers_chooses_from_the_same_base(unet: UNet2DConditionModel) -> None:
@@ -497,13 +522,34 @@ def test_stored_places_are_taken_and_not_chosen_again(base: UNet2DConditionModel
     assert not torch.equal(quiet(here), quiet(unet))
 
 
+def test_all_processes_train_the_places_of_the_first(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = unet, copy.deepcopy(base)
+    sparse.attach(first, LIFT, seed=0)
+    sparse.attach(second, LIFT, seed=0)
+    for layer in delta_layers(second).values():  # another device's SVD, say
+        layer.index_weight["default"].copy_(torch.arange(len(layer.index_weight["default"])))
+    sent = iter([layer.index_weight["default"] for layer in delta_layers(first).values()])
+    monkeypatch.setattr(sparse, "broadcast", lambda index, from_process: next(sent))
+    alone = SimpleNamespace(num_processes=1, device="cpu", gather=None)
+    sparse.share_places(second, alone)  # type: ignore[arg-type]
+    two = SimpleNamespace(num_processes=2, device="cpu", gather=lambda own: torch.cat([own, own]))
+    sparse.share_places(second, two)  # type: ignore[arg-type]
+    for one, other in zip(delta_layers(first).values(), delta_layers(second).values(), strict=True):
+        assert torch.equal(one.index_weight["default"], other.index_weight["default"])
+    unlike = SimpleNamespace(num_processes=2, device="cpu", gather=lambda own: torch.cat([own, own + 1]))
+    with pytest.raises(ConfigError, match="different numbers of entries"):
+        sparse.share_places(second, unlike)  # type: ignore[arg-type]
+
+
 def test_another_base_is_refused(base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path) -> None:
     sparse.attach(unet, LIFT)
     stir(unet)
     export.save_lora(unet, None, tmp_path, family="sdxl")
     other = copy.deepcopy(base)
     with torch.no_grad():
-        other.down_blocks[0].resnets[0].conv1.weight[0, 0, 0, 0] += 1e-6  # one entry
+        other.down_blocks[0].resnets[0].conv1.weight *= 1 + 1e-4  # one matrix
     untouched = copy.deepcopy(other)
     with pytest.raises(CheckpointError, match=r"chosen on other weights.*model\.pretrained"):
         export.load_lora(other, tmp_path, family="sdxl")
@@ -520,6 +566,27 @@ def test_another_base_is_refused(base: UNet2DConditionModel, unet: UNet2DConditi
         other.down_blocks[0].resnets[0].conv1.weight *= 1.01
     with pytest.raises(CheckpointError, match="chosen on other weights"):
         export.load_lora(other.bfloat16(), tmp_path, family="sdxl")
+
+
+def test_a_base_that_differs_by_rounding_is_taken_with_a_warning(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sparse.attach(unet, LIFT)
+    stir(unet)
+    export.save_lora(unet, None, tmp_path, family="sdxl")
+    rounded = copy.deepcopy(base)
+    with torch.no_grad():
+        rounded.down_blocks[0].resnets[0].conv1.weight *= 1 + 1e-6
+    loaded, resumed, attached = (copy.deepcopy(rounded) for _ in range(3))
+    export.load_lora(copy.deepcopy(base), tmp_path, family="sdxl")
+    assert "taken for rounding" not in caplog.text
+    export.load_lora(loaded, tmp_path, family="sdxl")
+    sparse.attach(resumed, LIFT)
+    adapters.load_state_dict(resumed, adapters.state_dict(unet))
+    sparse.attach_state(attached, adapters.state_dict(unet), "lift")
+    assert caplog.text.count("taken for rounding") == 3
+    for network in (loaded, resumed, attached):
+        torch.testing.assert_close(quiet(network), quiet(unet), rtol=1e-3, atol=1e-4)
 
 
 def test_damaged_and_foreign_states_are_refused(base: UNet2DConditionModel, unet: UNet2DConditionModel) -> None:
@@ -542,7 +609,41 @@ def test_damaged_and_foreign_states_are_refused(base: UNet2DConditionModel, unet
 
 
 @torch.no_grad()
-def test_a_file_is_fused_into_the_base_that_is_named_with_it(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_written_again_tells_of_the_base_it_is_for_now(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    sparse.attach(unet, LIFT)
+    stir(unet)
+    export.save_lora(unet, None, tmp_path / "one", family="sdxl")
+    for folder, network in (("two", copy.deepcopy(base).bfloat16()), ("three", copy.deepcopy(base))):
+        info = export.load_lora(network, tmp_path / "one", family="sdxl")
+        known = {key.removeprefix("diffalign."): value for key, value in info.metadata.items() if key != "format"}
+        files = export.save_lora(network, None, tmp_path / folder, family="sdxl", metadata=known)
+        assert delta_files.HEADER not in export.read_metadata(files["comfyui"])
+    of = [json.loads(export.read_metadata(tmp_path / name)[delta_files.HEADER]) for name in ("one", "two", "three")]
+    assert [header["base_dtype"] for header in of] == ["float32", "bfloat16", "float32"]
+    export.load_lora(copy.deepcopy(base), tmp_path / "two", family="sdxl")
+
+
+def test_an_adapter_of_another_kind_leaves_no_file_to_be_found(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    lora = copy.deepcopy(base)
+    adapters.attach(lora, LoraConfig(rank=2))
+    sparse.attach(unet, LIFT)
+    for network, style in ((lora, "diffusers"), (unet, "delta"), (lora, "diffusers")):
+        files = export.save_lora(network, None, tmp_path, family="sdxl")
+        assert set(tmp_path.iterdir()) == set(files.values())
+        assert export.load_lora(copy.deepcopy(base), tmp_path, family="sdxl").style == style
+    export.save_lora(unet, None, tmp_path, family="sdxl")
+    delta_files.save_delta(unet, tmp_path, facts={})
+    assert [file.name for file in tmp_path.iterdir()] == [delta_files.FILE_NAME]
+
+
+@torch.no_grad()
+def test_a_file_is_fused_into_the_base_that_is_named_with_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family: Any = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
     family.load(NETWORK)
     sparse.attach(family.network, SARA)
@@ -552,6 +653,43 @@ def test_a_file_is_fused_into_the_base_that_is_named_with_it(tiny_folder: Path, 
     fused.load(NETWORK)
     assert not adapters.is_adapted(fused.network)
     assert torch.equal(quiet(fused.network), quiet(family.network))
+    # as the model card of a run on it says, for which a file is where the run is
+    lines = _fuse_lines(fused.config)
+    assert not any("load_lora_weights" in line for line in lines)
+    bare: Any = load_family(ModelConfig(family="sdxl", pretrained=str(tiny_folder)))
+    bare.load(NETWORK)
+    monkeypatch.chdir(tmp_path.parent)
+    exec("\n".join(lines), {"pipe": SimpleNamespace(unet=bare.network)})
+    assert not adapters.is_adapted(bare.network)
+    assert torch.equal(quiet(bare.network), quiet(family.network))
+
+
+def test_a_run_below_float32_is_told_what_its_fused_base_loses(
+    unet: UNet2DConditionModel, tiny_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sparse.attach(unet, LIFT)
+    export.save_lora(unet, None, tmp_path / "file", family="sdxl")
+    for precision in ("no", "bf16"):
+        config = tiny_config(
+            tmp_path, model={"adapters": [str(tmp_path / "file")]}, training={"mixed_precision": precision}
+        )
+        check_fused(config)
+        assert ("are rounded away" in caplog.text) == (precision == "bf16")
+    code = snippet(config, "delta_weights.safetensors")
+    assert code.count("from diffalign.export import load_lora") == 1
+    assert code.index("sparse.remove(pipe.unet)") < code.index("image = pipe(")
+
+
+@torch.no_grad()
+def test_a_change_for_the_negative_branch_is_not_loaded_silently_as_an_ordinary_one(
+    base: UNet2DConditionModel, unet: UNet2DConditionModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sparse.attach(unet, LIFT)
+    export.save_lora(unet, None, tmp_path, family="sdxl", metadata={"role": "negative"})
+    export.load_lora(copy.deepcopy(base), tmp_path, family="sdxl", negative=True)
+    assert "loaded as an ordinary one" not in caplog.text
+    export.load_lora(copy.deepcopy(base), tmp_path, family="sdxl")
+    assert "loaded as an ordinary one" in caplog.text
 
 
 # Refusals
@@ -578,6 +716,12 @@ def test_settings_out_of_range_or_unread_are_refused(config: SparseConfig, said:
 def test_targets_and_thresholds_that_leave_nothing_are_refused(unet: UNet2DConditionModel) -> None:
     with pytest.raises(ConfigError, match=r"sparse\.targets: no linear or convolution layer ends with 'to_qq'"):
         sparse.attach(unet, SparseConfig(method="hft", targets=("to_qq",)))
+    one = next(path for path in adapters.target_modules(unet, "all") if path.endswith(".conv1"))
+    for seed in range(4):  # whichever way the coin falls for an odd number
+        try:
+            assert len(sparse.choose(unet, SparseConfig(method="hft", targets=(one,)), seed)) == 1
+        except ConfigError as error:
+            assert str(error).startswith("sparse.targets: got (")  # noqa: PT017
     with pytest.raises(
         ConfigError, match=r"sparse\.threshold: got 1e-30, and no entry is smaller; half of them are below"
     ):

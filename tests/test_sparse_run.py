@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ import pytest
 import torch
 from test_adapters import quiet
 from test_gates import assert_same_file, rows_of
+from torch import Tensor, nn
 
-from diffalign import adapters, checkpoint, commands, delta_files, export, preflight, soups
+from diffalign import adapters, checkpoint, commands, delta_files, export, measure, preflight, soups, sparse, trainer
 from diffalign.config import RunConfig
 from diffalign.config_loading import build, load_config
+from diffalign.delta_layers import DeltaLayer
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.families import NETWORK
 from diffalign.hardware import make_accelerator, open_denoising
-from diffalign.plan import make_plan
+from diffalign.jobs import image
+from diffalign.plan import _Costs, make_plan
 from diffalign.trainer import train
 
 SARA = {"method": "sara", "threshold": 1e-2, "reselect_at": 2, "nuclear_norm": 1e-3}
@@ -62,6 +66,13 @@ def test_a_run_resumes_to_the_bit(
     assert ("nuclear_norm" in first) == ("nuclear_norm" in sparse)
 
 
+def test_a_run_shares_its_places(tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[Any] = []
+    monkeypatch.setattr("diffalign.sparse.share_places", lambda network, accelerator: shared.append(network))
+    train(made(tiny_config, tmp_path, LIFT, training={"max_train_steps": 1}))
+    assert len(shared) == 1
+
+
 def test_the_penalty_is_in_the_gradient_and_in_a_metric_of_its_own(tiny_config: Any, tmp_path: Path) -> None:
     rows = []
     for weight in (0.0, 1e-3, 1.0):
@@ -73,6 +84,41 @@ def test_the_penalty_is_in_the_gradient_and_in_a_metric_of_its_own(tiny_config: 
     assert rows[2]["nuclear_norm"] == pytest.approx(1000 * rows[1]["nuclear_norm"], rel=1e-4)
     assert rows[0]["grad_norm"] < rows[2]["grad_norm"]
     assert rows[1]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=0.1)
+
+
+def test_the_penalty_is_added_once_a_step_however_the_step_is_split(
+    tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    asked: list[int] = []
+    norm, clip, loss = torch.linalg.matrix_norm, trainer.clip, image.ImageJob.loss
+
+    def counted(*args: Any) -> Tensor:
+        asked.append(1)
+        return norm(*args)
+
+    def caught(accelerator: Any, params: list[Any], max_norm: float) -> float:
+        seen.append(torch.cat([p.grad.flatten() for p in params]))
+        return clip(accelerator, params, max_norm)
+
+    def of_one_less(self: Any, batch: Any) -> Any:
+        out = loss(self, batch)
+        return dataclasses.replace(out, per_item=out.per_item[1:])
+
+    monkeypatch.setattr(torch.linalg, "matrix_norm", counted)
+    monkeypatch.setattr(trainer, "clip", caught)
+    added = []
+    for number, (batch, accumulation, left_out) in enumerate([(4, 1, False), (1, 4, False), (2, 2, True)]):
+        monkeypatch.setattr(image.ImageJob, "loss", of_one_less if left_out else loss)
+        for weight in (0.0, 1.0):
+            sparse = {"method": "sara", "threshold": 1e-2, "nuclear_norm": weight}
+            training = {"max_train_steps": 1, "train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+            train(made(tiny_config, tmp_path / f"{number}-{weight}", sparse, training=training))
+        assert len(asked) == number + 1
+        added.append(seen[-1] - seen[-2])
+    assert added[0].abs().max() > 0.1
+    for other in added[1:]:
+        torch.testing.assert_close(other, added[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sparse", [SARA | {"biases_and_norms": True}, LIFT], ids=["sara", "lift"])
@@ -152,6 +198,11 @@ def test_a_negative_adapter_can_be_a_change_of_weights(tiny_config: Any, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        (
+            {"sparse": {"method": "sara"}, "training": {"train_batch_size": "auto"}},
+            r"train_batch_size: got 'auto'.*number",
+        ),
+        ({"sparse": {"method": "sara"}, "training": {"gradient_checkpointing": "auto"}}, r"got 'auto'.*true or false"),
         ({"lora": {"rank": 4}}, r"lora\.rank: got 4; .*set it to 0"),
         ({"lora": {"rank": 0, "alpha": 8.0}}, r"lora\.alpha: got 8\.0; .*remove it"),
         ({"lora": {"rank": 0, "text_encoder_rank": 4}}, r"lora\.text_encoder_rank: got 4"),
@@ -204,6 +255,41 @@ def test_plans_count_what_is_known_from_shapes(tiny_config: Any, tmp_path: Path)
     assert any("the most there can be" in note for note in sara.notes)
     assert not any("SaRA" in note for note in lift.notes)
     assert (lift.sparse, lift.lora_rank) == ("LIFT rank 4 of rank 8 on all", 0)
+
+
+def test_places_are_not_counted_for_every_image() -> None:
+    network = DeltaLayer(nn.Linear(8, 8, device="meta"))
+    network.add("default", "weight", torch.empty(5, dtype=torch.int32, device="meta"))
+    network.set_adapter(["default"])
+    places = network.index_weight["default"].untyped_storage()._cdata
+    seen: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        seen.append(x.untyped_storage()._cdata)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        network(torch.empty(2, 8, device="meta"))
+    assert places in seen, "autograd keeps them"
+    assert places in {x.untyped_storage()._cdata for x in measure.resident(network)}
+
+
+def test_counts_of_states_and_halves(tiny_config: Any, tmp_path: Path) -> None:
+    def costs(sparse: dict[str, Any], **changes: Any) -> _Costs:
+        return _Costs(made(tiny_config, tmp_path, sparse, **changes))
+
+    lift = costs(LIFT)
+    factored = [costs(sparse, training={"optimizer": "adafactor"}) for sparse in (LIFT, {"method": "hft"})]
+    numbers = [one.network.lora_parameters for one in factored]
+    assert [one.memory(1, False).adapter for one in factored] == [16 * numbers[0], 8 * numbers[1]]
+    assert lift.memory(1, False).adapter == 20 * numbers[0]
+    family = open_denoising(lift.config, make_accelerator(lift.config.training, lift.config.output_dir))
+    for seed in range(4):
+        hft = costs({"method": "hft"}, seed=seed)
+        family.load(NETWORK)
+        params = sparse.attach(family.network, hft.config.sparse, seed=seed)
+        assert hft.network.lora_parameters == sum(p.numel() for p in params)
+        family.unload(NETWORK)
 
 
 def test_shipped_demos_are_in_order() -> None:

@@ -95,9 +95,12 @@ class Job(ABC):
     def record(self, metrics: StepMetrics, batch: Any, out: LossOut) -> None:
         """Add one micro-batch to the step's metrics."""
 
-    def penalty(self, step: int, out: LossOut) -> Tensor | float:
-        """What is added to the loss of an optimiser step that is under way, counted from 0; it may add a metric to `out`."""
-        return 0.0
+    def penalties(self, step: int) -> dict[str, Tensor]:
+        """Terms of the parameters alone that are added to the loss of an optimiser step, counted from 0, by metric.
+
+        Asked for once a step and on every process; scalars with gradient.
+        """
+        return {}
 
     @property
     def num_timesteps(self) -> int | None:

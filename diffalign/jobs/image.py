@@ -213,7 +213,9 @@ class ImageJob(Job):
             sides.Sides(network, self.config)
             return adapters.parameters(network)
         if self.config.sparse.method is not None:
-            return sparse.attach(network, self.config.sparse, seed=self.config.seed)
+            params = sparse.attach(network, self.config.sparse, seed=self.config.seed)
+            sparse.share_places(network, self.accelerator)
+            return params
         kind = user_branches.wanted(self.config, None if self.users is None else self.users.width)
         if kind is None:
             return attach(network, self.config.lora, seed=self.config.seed)
@@ -321,12 +323,8 @@ class ImageJob(Job):
             t = rows.t
         metrics.add(out, times_of(layout, t, len(out.per_item)))
 
-    def penalty(self, step: int, out: LossOut) -> Tensor | float:
-        if self.nuclear_norm is None:
-            return 0.0
-        value = self.nuclear_norm(step)
-        out.metrics["nuclear_norm"] = value.detach().reshape(1)
-        return value
+    def penalties(self, step: int) -> dict[str, Tensor]:
+        return {} if self.nuclear_norm is None else {"nuclear_norm": self.nuclear_norm(step)}
 
     def after_update(self, step: int) -> None:
         if self.reselection is not None:
