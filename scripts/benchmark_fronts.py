@@ -4,7 +4,7 @@
     python scripts/benchmark_fronts.py --out runs/fronts --seeds 0 --steps 60 --prompts 16     # a look
     python scripts/benchmark_fronts.py --table                                                 # the page, from the store
 
-For each seed, on the same base, pairs, held-out captions and noise:
+For each seed, on the same base, images, held-out captions and noise (demo_modpo keeps its learning rate, loss and ties):
 
     told    one run of demo_preference, asked for weights along the edge; twice the steps of the others, as a soup's two have
     soup    two runs with preference.fixed at the ends, their changes of the weights added up by weight
