@@ -113,8 +113,8 @@ MUTATIONS = (
     Mutation(
         "SaRA also trains entries at the threshold",
         "diffalign/sparse.py",
-        "abs() < threshold",
-        "abs() <= threshold",
+        "float() < threshold",
+        "float() <= threshold",
         SPARSE,
     ),
     Mutation(
@@ -155,8 +155,8 @@ MUTATIONS = (
     Mutation(
         "a change of another base is taken",
         "diffalign/sparse.py",
-        "    if not same:\n",
-        "    if False:\n",
+        "    if norms.shape != own.norms.shape or not torch",
+        "    if norms.shape != own.norms.shape and not torch",
         SPARSE,
     ),
     Mutation(
@@ -176,8 +176,8 @@ MUTATIONS = (
     Mutation(
         "the nuclear norm without gradient",
         "diffalign/jobs/image.py",
-        "        return value\n",
-        "        return value.detach()\n",
+        '{"nuclear_norm": self.nuclear_norm(step)}',
+        '{"nuclear_norm": 0 * self.nuclear_norm(step)}',
         SPARSE_RUN,
     ),
     Mutation(
@@ -239,8 +239,8 @@ MUTATIONS = (
     Mutation(
         "accumulated gradients not averaged",
         "diffalign/trainer.py",
-        "job.penalty(step, out)) * share / accumulation)",
-        "job.penalty(step, out)) * share)",
+        "accelerator.backward(out.loss * share / accumulation)",
+        "accelerator.backward(out.loss * share)",
         "tests/test_trainer.py -k accumulation",
     ),
     Mutation(
