@@ -146,7 +146,7 @@ def _check_joint(config: RunConfig) -> None:
     for key, value, wanted, why in (
         (
             "lora.init",
-            config.lora.init,
+            config.lora.init.lower(),
             ("gaussian", "default"),
             "halves of the ranks do not start at the base otherwise",
         ),

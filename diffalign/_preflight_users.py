@@ -147,7 +147,7 @@ def check_preference(config: RunConfig, family: type[DenoisingFamily]) -> None:
         )
     if own.seen:
         _check_adapter(config, "preference", own.through)
-        if own.through == "gates" and config.lora.init not in ("gaussian", "default"):
+        if own.through == "gates" and config.lora.init.lower() not in ("gaussian", "default"):
             raise ConfigError(
                 f"lora.init: got {config.lora.init!r}; through gates ranks are weighed from the start, and only 'gaussian' "
                 "and 'default' start at the base then"

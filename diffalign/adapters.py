@@ -40,7 +40,7 @@ PRESETS = ("attention", "attention+ff", "all")
 # projects out. The output projections of FLUX's single blocks take attention and feed-forward together.
 _BLOCKS = re.compile(r"((down|up|(single_)?transformer)_blocks|mid_block|blocks)\.")
 _ATTENTION = re.compile(r"\.attn\d*\.(to|add)_")
-_FEED_FORWARD = re.compile(r"\.(ff|ffn|ff_context|img_mlp|txt_mlp)\.|^single_transformer_blocks\.\d+\.proj_(mlp|out)$")
+FEED_FORWARD = re.compile(r"\.(ff|ffn|ff_context|img_mlp|txt_mlp)\.|^single_transformer_blocks\.\d+\.proj_(mlp|out)$")
 # Text of the last block is read by nothing: adapters there have no gradient, at which DistributedDataParallel stops.
 _UNREAD = {"QwenImageTransformer2DModel": re.compile(r"\.(attn\.to_add_out|txt_mlp\.)")}
 # In a language model, too, names of projections differ from one architecture to the next
@@ -222,7 +222,7 @@ def _is_target(network: nn.Module, path: str, target: str) -> bool:
     if not isinstance(network, PreTrainedModel):
         if not in_blocks(path):
             return False
-        in_attention, in_feed_forward = _ATTENTION.search(path), _FEED_FORWARD.search(path)
+        in_attention, in_feed_forward = _ATTENTION.search(path), FEED_FORWARD.search(path)
         return target == "all" or bool(in_attention) or (target == "attention+ff" and bool(in_feed_forward))
     block = re.search(r"\.\d+\.(.*)", path)  # blocks are numbered; what is outside of them projects embeddings
     if block is None:

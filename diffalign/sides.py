@@ -21,7 +21,6 @@ from diffalign import adapters, export
 from diffalign.config import LoraConfig, RunConfig
 from diffalign.families import Around
 from diffalign.sampling.guidance import NegativeGuidance
-from diffalign.text_encoders import attach
 
 ATTRIBUTE = "diffalign_sides"  # of a network
 CHOSEN, REJECTED = "chosen", "rejected"  # the adapters that are sampled with
@@ -65,11 +64,11 @@ class Sides:
 
     def __init__(self, network: nn.Module, config: RunConfig) -> None:
         self.network, self.lora = network, config.lora
-        attach(network, lora_of(config), seed=config.seed)
+        adapters.attach(network, lora_of(config), seed=config.seed)
         self.layers: dict[str, Any] = dict(adapters.lora_layers(network, adapters.DEFAULT))
         for path, layer in self.layers.items():
             down = layer.lora_A[adapters.DEFAULT]
-            if config.lora.init == "gaussian":  # its deviation is one over the rank
+            if config.lora.init.lower() == "gaussian":  # its deviation is one over the rank
                 down.weight.data *= 2
             down.register_forward_hook(self._hook(path))
         network.__dict__[ATTRIBUTE] = self

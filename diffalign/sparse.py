@@ -157,7 +157,7 @@ def category(path: str, layer: nn.Module) -> tuple[str, str]:
     """(category, group) of a layer for HFT: a group is halved by itself."""
     if found := _PROJECTION.match(path):
         return "attention", f"{found[1]} {found[2] or found[3]}"
-    if (found := adapters._FEED_FORWARD.search(path)) is not None:
+    if (found := adapters.FEED_FORWARD.search(path)) is not None:
         return "feed-forward", path[: found.end() if path[found.start()] == "." else path.rfind(".")]
     return ("convolution", "") if isinstance(layer, nn.Conv2d) else ("other", "")
 
@@ -604,21 +604,23 @@ class NuclearNorm:
 
 def describe(config: SparseConfig) -> str:
     """What a run has trained, for a sentence that goes on with "for <base>"."""
+    assert config.method is not None, "asked of runs that train entries"
     what = {
         "sara": f"the entries with |w| < {config.threshold:g} of chosen layers",
         "lift": f"{config.rank} (rows + columns) principal entries of every chosen matrix",
         "hft": "a seeded half of the chosen matrices",
-    }[config.method or "hft"]
+    }[config.method]
     return f"An additive change of the weights, no LoRA and without a rank ({_TITLES[config.method or 'hft']}: {what}),"
 
 
 def label(config: SparseConfig) -> str:
     """The method and its numbers, for people."""
+    assert config.method is not None, "asked of runs that train entries"
     targets: str | Sequence[str] = config.targets
     where = targets if isinstance(targets, str) else ", ".join(targets)
     numbers = {
         "sara": f" below {config.threshold:g}",
         "lift": f" rank {config.rank} of rank {config.filter_rank}",
         "hft": "",
-    }[config.method or "hft"]
+    }[config.method]
     return f"{_TITLES[config.method or 'hft']}{numbers} on {where}"

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import torch
 
 from diffalign import adapters, asked, pareto, soups
@@ -268,30 +269,10 @@ def draw_picture(points: Points, rewards: Sequence[str]) -> None:
     figure.savefig(PICTURE, dpi=130)
 
 
-HEAD = """# Fronts between two rewards
-
-How far one adapter that is told weights reaches ([how](../how-to/several-preferences.md#one-adapter-for-all-weights)),
-against mixtures of two adapters, a run for every trade with fixed weights, and MODPO, on the tiny world: the same base,
-pairs, held-out captions and noise.
-
-The *area* is what a way's points enclose with a corner: the base's (trades that cost nobody), and the worst of all points by
-either reward (all trades). The runs on one reward alone count as ends of the soup, of fixed weights and of MODPO. Intervals
-are bootstraps over captions, all ways resampled together; points are averaged over seeds first. Numbers in the picture are
-the weight of the first reward.
-
-![Fronts](../images/fronts.png)
-
-<!-- fronts:start -->
-<!-- fronts:end -->
-"""
-
-
 def write(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     """The page and the picture."""
     draw_picture(averaged(rows), settings["rewards"])
-    page, start, end = PAGE.read_text() if PAGE.is_file() else HEAD, "<!-- fronts:start -->", "<!-- fronts:end -->"
-    before, after = page[: page.index(start) + len(start)], page[page.index(end) :]
-    PAGE.write_text(f"{before}\n{table(rows, settings)}\n{after}")
+    pages.put(PAGE, "fronts", table(rows, settings))
     print(f"written to {PAGE}")
 
 

@@ -29,6 +29,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "docs" / "benchmarks" / "head_to_head.jsonl"
@@ -202,9 +203,7 @@ def main() -> None:
     if args.write is None:
         print(text)
         return
-    page, start, end = args.write.read_text(), f"<!-- {args.mark}:start -->", f"<!-- {args.mark}:end -->"
-    before, after = page[: page.index(start) + len(start)], page[page.index(end) :]
-    args.write.write_text(f"{before}\n{text}\n{after}")
+    pages.put(args.write, args.mark, text)
 
 
 if __name__ == "__main__":

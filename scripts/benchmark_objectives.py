@@ -28,6 +28,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+import pages
 import torch
 import yaml
 
@@ -310,16 +311,11 @@ def main() -> None:
         todo = [(n, b, s, k) for s in args.seeds for b in args.base for k in args.steps for n in names]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: run(*job, args.out, args.budget, args.set, args.store), todo))
-    page = "" if args.write is None else args.write.read_text()
     for mark, text in (("objectives", table(args.store)), ("steps", curves(args.store))):
         if args.write is None:
             print(text)
-            continue
-        start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
-        before, after = page[: page.index(start) + len(start)], page[page.index(end) :]
-        page = f"{before}\n{text}\n{after}"
-    if args.write is not None:
-        args.write.write_text(page)
+        else:
+            pages.put(args.write, mark, text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import torch
 
 from diffalign import adapters, export, rewards, statistics, user_branches, users
@@ -135,9 +136,7 @@ def main() -> None:
     if args.write is None:
         print(text)
         return
-    page, start, end = args.write.read_text(), "<!-- users:start -->", "<!-- users:end -->"
-    before, after = page[: page.index(start) + len(start)], page[page.index(end) :]
-    args.write.write_text(f"{before}\n{text}\n{after}")
+    pages.put(args.write, "users", text)
 
 
 if __name__ == "__main__":

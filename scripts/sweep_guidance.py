@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pages
 import torch
 
 from diffalign import adapters, export, rewards, statistics
@@ -195,9 +196,7 @@ def main() -> None:
     if args.write is None:
         print(text)
         return
-    page, start, end = args.write.read_text(), f"<!-- {args.mark}:start -->", f"<!-- {args.mark}:end -->"
-    before, after = page[: page.index(start) + len(start)], page[page.index(end) :]
-    args.write.write_text(f"{before}\n{text}\n{after}")
+    pages.put(args.write, args.mark, text)
 
 
 if __name__ == "__main__":

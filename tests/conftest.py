@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 # Before anything reads them.
@@ -193,6 +194,21 @@ def tiny_config(request: pytest.FixtureRequest) -> TinyConfig:
         return build(tree)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    """The tiny UNet's architecture with random weights, frozen, without adapters: not to be changed."""
+    from diffalign.world.bases import build_untrained
+
+    torch.manual_seed(0)
+    return build_untrained().unet.requires_grad_(False)
+
+
+@pytest.fixture
+def unet(base: Any) -> Any:
+    """A copy of `base` for one test."""
+    return copy.deepcopy(base)
 
 
 @pytest.fixture(autouse=True)

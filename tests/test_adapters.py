@@ -14,18 +14,6 @@ from diffalign import adapters
 from diffalign.adapters import adapters_off, attach, target_modules
 from diffalign.config import LoraConfig
 from diffalign.errors import CheckpointError, ConfigError
-from diffalign.world.bases import build_untrained
-
-
-@pytest.fixture(scope="module")
-def base() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return build_untrained().unet.requires_grad_(False)
-
-
-@pytest.fixture
-def unet(base: UNet2DConditionModel) -> UNet2DConditionModel:
-    return copy.deepcopy(base)
 
 
 def run(unet: UNet2DConditionModel, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -38,17 +38,6 @@ KINDS = (SARA, EVERYTHING, LIFT, HFT)
 by_method = pytest.mark.parametrize("config", KINDS, ids=["sara", "everything", "lift", "hft"])
 
 
-@pytest.fixture(scope="module")
-def base() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return build_untrained().unet.requires_grad_(False)
-
-
-@pytest.fixture
-def unet(base: UNet2DConditionModel) -> UNet2DConditionModel:
-    return copy.deepcopy(base)
-
-
 @torch.no_grad()
 def stir(network: nn.Module, name: str = "default", size: float = 0.02) -> None:
     draw = torch.Generator().manual_seed(len(name))

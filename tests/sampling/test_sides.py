@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffalign import adapters, cli, export, sides
 from diffalign.errors import ConfigError
-from diffalign.families import DECODER, ENCODERS, NETWORK
+from diffalign.families import DECODER, NETWORK
 from diffalign.preflight import check
 from diffalign.sampling import Sampler
 from diffalign.sampling.guidance import NegativeGuidance
@@ -130,15 +130,22 @@ def test_a_side_has_the_scale_that_was_asked_for(tmp_path: Path, tiny_config: An
     assert lora.alpha / lora.rank**root == pytest.approx(6.0 / 4**root)
 
 
-def test_prompts_of_rejected_images_are_emptied_by_sample(tmp_path: Path, tiny_config: Any, seen: list[Any]) -> None:
+def test_prompts_of_rejected_images_are_emptied_by_sample(
+    tmp_path: Path, tiny_config: Any, tiny_folder: Path, seen: list[Any]
+) -> None:
+    """As the negative branch is told: of SDXL 1.0, and so of this folder, zeros and not an encoded empty prompt."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "zeros")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": True}))
+    model = {"pretrained": str(folder)}
     for name, share in (("none", 0.0), ("half", 0.5), ("all", 1.0)):
         negative = {"train": "joint", "proportion_empty_prompts": share}
-        train(tiny_config(tmp_path / name, objective={"name": "chats"}, negative=negative, training=FAST))
+        train(tiny_config(tmp_path / name, model=model, objective={"name": "chats"}, negative=negative, training=FAST))
     jobs = list(dict.fromkeys(job for job, _, _ in seen))
     emptied = []
     for job in jobs:
-        job.family.load(ENCODERS)
-        empty = {name: value[0].float() for name, value in job.family.encode_negative("").items()}
+        empty = {name: torch.zeros_like(value.float()) for name, value in job.data.text("").items()}
+        assert all(value.count_nonzero() for value in job.data.text("").values())
         found = []
         for index in range(len(job.data)):
             example = job.dataset.example(index, 0)
