@@ -51,6 +51,16 @@ def _chooses(config: RunConfig) -> bool:
     return bool(alone and config.objective.rows_from == "data")
 
 
+def _reads_advantages(config: RunConfig) -> bool:
+    """Whether advantages are made of the summed reward, before a round is cut."""
+    from diffalign.losses.group_objective import GroupObjective
+
+    objective = config.objective
+    if not isinstance(objective, GroupObjective) or objective.aggregate != "sum_then_normalize":
+        return False
+    return "groups" in objective.needs.layout and not (objective.beta and objective.kl_in_reward)
+
+
 UNREAD = (
     Unread(
         "denoising",
@@ -187,6 +197,24 @@ UNREAD = (
         ("window_range", "window_every"),
         lambda config: config.rollout.window is None,
         "it moves rollout.window, and there is none",
+    ),
+    Unread(
+        "rollout",
+        ("history", "history_min"),
+        lambda config: not _reads_advantages(config),
+        "only objectives on advantages of rewards read it, such as ddpo, whose divergence is not in the reward",
+    ),
+    Unread(
+        "objective",
+        ("center", "scale_rewards"),
+        lambda config: config.rollout.history is not None,
+        "rewards are compared with the last rewards of their prompt (rollout.history)",
+    ),
+    Unread(
+        "rollout",
+        ("history_min",),
+        lambda config: config.rollout.history is None,
+        "it is for rollout.history, and there is none",
     ),
     Unread(
         "rollout",

@@ -243,6 +243,10 @@ class RolloutConfig:
         window_range: first and last possible start of the window; empty: 0 to half the steps.
         window_every: the window moves on by one step every so many rounds, from the first start to the last and over again
             (MixGRPO: 25); null: its start is drawn for every prompt and round (Flow-GRPO-Fast).
+        history: policy gradients and other objectives on advantages: a reward is compared with the last so many rewards of
+            its prompt, over rounds (DDPO's code: 16 or 32). null: with its round, as `objective.center` and
+            `objective.scale_rewards` say. For short lists of prompts: one that comes once is never known.
+        history_min: with fewer rewards of its prompt a reward is compared with all of its round (DDPO's code: 16).
         steps_per_sample: of every trajectory, how many of its steps are trained, drawn at random; null: all that have a
             density for trajectory objectives, and 1 for points on the way (Diffusion-DRO).
         first_step: the first sampler step that transition objectives train (SPO: 4 of 20).
@@ -278,6 +282,8 @@ class RolloutConfig:
     window_range: tuple[int, ...] = ()
     window_every: int | None = None
     shared_start: bool | None = None
+    history: int | None = None
+    history_min: int = 16
     steps_per_sample: int | None = None
     first_step: int = 0
     reward_scale: float = 1.0
@@ -296,6 +302,14 @@ class RolloutConfig:
             raise ValueError(f"eta is {self.eta}; expected 0 <= eta <= 1 (flow_sde: 2)")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}; expected at least 1 step")
+        if self.history is not None and self.history < 2:
+            raise ValueError(f"history is {self.history}; expected at least 2 rewards (DDPO's code: 16), or null")
+        if self.history_min < 2:
+            raise ValueError(f"history_min is {self.history_min}; expected at least 2 rewards")
+        if self.history is not None and self.history_min > self.history:
+            raise ValueError(
+                f"history_min is {self.history_min}, history {self.history}; a prompt would never be known"
+            )
         if self.window_every is not None and self.window_every < 1:
             raise ValueError(f"window_every is {self.window_every}; expected at least 1 round, or null")
         if self.window_range and (len(self.window_range) != 2 or not 0 <= self.window_range[0] <= self.window_range[1]):

@@ -15,6 +15,7 @@ from diffalign._preflight_images import UNREAD
 from diffalign.config import RunConfig
 from diffalign.config_loading import build, load_config
 from diffalign.errors import ConfigError
+from diffalign.losses.diffusion.ddpo import DDPO
 from diffalign.schedules import Schedule
 from diffalign.trainer import train
 
@@ -80,6 +81,8 @@ IGNORED: list[tuple[str, str, Any, tuple[str, ...]]] = [
     ("rollout", "select", "bradley_terry", ("pairs", "groups", *TRANSITIONS, *FROM_DATA)),
     ("rollout", "select_temperature", 0.5, ("pairs", "groups", *TRANSITIONS, *FROM_DATA)),
     ("rollout", "shared_start", False, ("pairs", "chosen", "groups", "candidates", *FROM_DATA)),
+    ("rollout", "history", 16, ("pairs", "chosen", "candidates", "trajectories", *FROM_DATA)),
+    ("rollout", "history_min", 8, ("pairs", "groups")),
     ("rollout", "reward_scale", 2.0, ("pairs", "chosen", "groups", "trajectories", *FROM_DATA)),
     ("rollout", "keep_threshold", 0.5, ("pairs", "chosen", "groups", "trajectories", *FROM_DATA)),
 ]
@@ -111,9 +114,16 @@ def test_what_a_run_reads_may_be_set(way: str, changes: dict[str, Any], tmp_path
     preflight.check(config_of(way, tmp_path, **changes))
 
 
+def test_a_history_of_rewards_leaves_nothing_to_other_baselines(tmp_path: Path) -> None:
+    objective = {"name": "ddpo", "center": "mean"}
+    with pytest.raises(ConfigError, match=r"objective\.center: got 'mean'.*no effect.*rollout\.history"):
+        preflight.check(config_of("groups", tmp_path, objective=objective, rollout={"history": 16}))
+    preflight.check(config_of("groups", tmp_path, objective={"name": "ddpo"}, rollout={"history": 16}))
+
+
 def test_the_table_names_keys_that_there_are() -> None:
     for entry in UNREAD:
-        section = getattr(load_config("demo_dpo"), entry.section)
+        section = DDPO() if entry.section == "objective" else getattr(load_config("demo_dpo"), entry.section)
         assert set(entry.names) <= {field.name for field in dataclasses.fields(section)}
 
 

@@ -44,6 +44,7 @@ from diffalign.data.loader import BatchPlan, PairMicroBatches
 from diffalign.families import DECODER, Conditioning, DenoisingFamily
 from diffalign.losses import Groups, Layout, Objective, Scores
 from diffalign.losses.diffusion.capo import calibrated_rewards, frontiers
+from diffalign.losses.group_objective import GroupObjective
 from diffalign.losses.scores import mean_square
 from diffalign.offload import Offload
 from diffalign.policy import Policy, guided
@@ -66,6 +67,7 @@ from diffalign.sampling.entries import (
     Transition,
     Truncated,
 )
+from diffalign.sampling.history import RewardHistory
 from diffalign.sampling.rules import (
     DECODED,
     candidate_steps,
@@ -135,6 +137,8 @@ class ImageRollouts:
             kept=kept,
         )
         self.densities = Densities(config, policy, self.grid, self.eta)
+        size = self.rollout.history
+        self.history = None if size is None else RewardHistory(size, self.rollout.history_min)
         self.size = round_size(config, self.grid, self.eta, accelerator.num_processes)
         total = len(self.kept) if self.from_data else len(prompts)
         self.plan = BatchPlan(range(total), [(0, 0)] * total, self.size.prompts, config.seed)
@@ -186,20 +190,20 @@ class ImageRollouts:
         if self.family.device.type != "cpu":
             self.family.park(DECODER)  # the device's memory belongs to training
         if not together:
-            return self._with_advantages(mine, [entry for entries in made for entry in entries])
+            return self._with_advantages(mine, [entry for entries in made for entry in entries], number)
         # Entries of a prompt are spread over the round, so over the processes, too.
         found = list(zip(mine, made, strict=True))
         if world > 1:
             found = sorted(gather_object(found), key=lambda one: one[0])
         if self.objective.rows_from == "steps":
-            found = self._step_advantages(found)
+            found = self._step_advantages(found, number)
         every = [entry for _, entries in found for entry in entries]
         if self.objective.rows_from == "candidates":
             every = _weighed(every)
         order = torch.randperm(len(every), generator=generator_for(self.config.seed, "transitions", number)).tolist()
         return [every[order[i]] for i in self._own(len(every))]
 
-    def _with_advantages(self, places: Sequence[int], entries: list[Entry]) -> list[Entry]:
+    def _with_advantages(self, places: Sequence[int], entries: list[Entry], number: int) -> list[Entry]:
         """Groups with what the objective makes of the rewards of the whole round, over all processes."""
         if "groups" not in self.objective.needs.layout:
             return entries
@@ -207,20 +211,27 @@ class ImageRollouts:
         found = [(place, entry.rewards) for place, entry in zip(places, groups, strict=True)]
         if self.accelerator.num_processes > 1:
             found = gather_object(found)
-        advantage = self._advantages(sorted(found, key=lambda one: one[0]))
+        advantage = self._advantages(sorted(found, key=lambda one: one[0]), number)
         return [replace(e, advantage=advantage.get(place)) for place, e in zip(places, groups, strict=True)]
 
-    def _advantages(self, rewards_: list[tuple[int, Tensor]]) -> dict[int, Tensor]:
+    def _advantages(self, rewards_: list[tuple[int, Tensor]], number: int) -> dict[int, Tensor]:
         """What the objective makes of (place, rewards) of all prompts of a round, by place; nothing if it makes none."""
         group = torch.tensor([place for place, reward in rewards_ for _ in reward])
         reward = torch.cat([reward for _, reward in rewards_])
-        advantage = self.objective.round_advantage(Groups(index=torch.arange(len(reward)), group=group, reward=reward))
+        groups = Groups(index=torch.arange(len(reward)), group=group, reward=reward)
+        if self.history is None:
+            advantage = self.objective.round_advantage(groups)
+        else:
+            assert isinstance(self.objective, GroupObjective), "checked before anything is loaded"
+            texts = [self.prompts[index] for index, _ in self.plan.micro_batch(number)]
+            total = self.objective.total(groups)
+            advantage = self.history.advantages(number, [texts[place] for place in group.tolist()], total)
         return {} if advantage is None else {place: advantage[group == place] for place, _ in rewards_}
 
-    def _step_advantages(self, found: list[tuple[int, list[Entry]]]) -> list[tuple[int, list[Entry]]]:
+    def _step_advantages(self, found: list[tuple[int, list[Entry]]], number: int) -> list[tuple[int, list[Entry]]]:
         """The same of every prompt's steps, which share them."""
         steps = [(place, [e for e in entries if isinstance(e, StepRows)]) for place, entries in found]
-        advantage = self._advantages([(place, entries[0].rewards) for place, entries in steps])
+        advantage = self._advantages([(place, entries[0].rewards) for place, entries in steps], number)
         return [(place, [replace(e, advantage=advantage.get(place)) for e in entries]) for place, entries in steps]
 
     def _own(self, count: int) -> list[int]:
@@ -668,15 +679,18 @@ class ImageRollouts:
     # -- what a checkpoint stores ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The entries of an unfinished round; nothing where every step makes its own."""
+        """The entries of an unfinished round, but where every step makes its own; and rewards of past rounds."""
+        state: dict[str, Any] = {} if self.history is None else {"history": self.history.state_dict()}
         if self._round is None or self.steps_per_round == 1:
-            return {}
+            return state
         number, entries = self._round
-        return {"round": number, "entries": plain(entries), "processes": self.accelerator.num_processes}
+        return state | {"round": number, "entries": plain(entries), "processes": self.accelerator.num_processes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on within a round. Samples of other processes are not in a checkpoint: with several, the round is made anew."""
-        if not state:
+        if self.history is not None and "history" in state:
+            self.history.load_state_dict(state["history"])
+        if "round" not in state:
             return
         if state["processes"] != 1 or self.accelerator.num_processes != 1:
             log.warning("the unfinished round of samples is made anew by the current policy (several processes)")

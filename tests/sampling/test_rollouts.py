@@ -23,6 +23,7 @@ from diffalign.prediction import add_noise
 from diffalign.references import Lagged
 from diffalign.sampling import rollouts as rollouts_module
 from diffalign.sampling.entries import Sampled, StepBatch, TrajectoryBatch
+from diffalign.sampling.history import RewardHistory
 from diffalign.sampling.rollouts import ImageRollouts, Scoring
 from diffalign.sampling.trajectories import Trajectory, log_density
 from diffalign.trainer import train
@@ -284,6 +285,32 @@ def test_a_resumed_round_equals_an_unbroken_one(run: Any, objective: str, tmp_pa
     run("part", objective, settings=settings, rollout=rollout, training=training | {"max_train_steps": 2})
     again = training | {"resume_from_checkpoint": "latest"}
     part = run("part", objective, settings=settings, rollout=rollout, training=again)
+    assert losses_of(whole) == losses_of(part)
+    a, b = adapter_of(whole), adapter_of(part)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_history_of_rewards_goes_on_when_a_run_is_resumed(
+    run: Any, adapter_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = {"history": 6, "history_min": 3, "steps_per_sample": 1}
+    training = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 6}
+    asked: list[list[float]] = []
+    original = RewardHistory.advantages
+
+    def advantages(self: RewardHistory, number: int, prompts: Any, reward: torch.Tensor) -> torch.Tensor:
+        found = original(self, number, prompts, reward)
+        asked.append(found.tolist())
+        return found
+
+    monkeypatch.setattr(RewardHistory, "advantages", advantages)
+    whole = run("whole", "ddpo", rollout=rollout, training=training)
+    unbroken = asked.copy()
+    asked.clear()
+    run("part", "ddpo", rollout=rollout, training=training | {"max_train_steps": 2})
+    part = run("part", "ddpo", rollout=rollout, training=training | {"resume_from_checkpoint": "latest"})
+    assert asked == unbroken
+    assert len(unbroken) == 4
     assert losses_of(whole) == losses_of(part)
     a, b = adapter_of(whole), adapter_of(part)
     assert all(torch.equal(a[name], b[name]) for name in a)

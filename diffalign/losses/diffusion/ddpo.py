@@ -9,9 +9,9 @@ likelihood ratio to the policy that sampled, of *mean* log-densities over the la
 on the same rows, one update per round.
 
 Advantages: the code standardises a reward by the last 16 or 32 rewards of the *same prompt*, kept over rounds, and by the
-whole round (std + 1e-6, NumPy's) until it has 16 of them. An objective remembers nothing: computed here is the latter. With
-groups of a prompt in every round `center: mean, scale_rewards: group` is the former on one round; a history comes as
-`Groups.advantage`.
+whole round (std + 1e-6, NumPy's) until it has 16 of them. An objective remembers nothing: computed here is the latter, and
+an image run with `rollout.history` does the former. With groups of a prompt in every round `center: mean, scale_rewards:
+group` is the former on one round.
 
 Differences: guidance is used in sampling and in training, and both its branches carry gradient (Flow-GRPO's unconditional
 one does not: `rollout.negative_gradient`). jannerm/ddpo clips advantages to +-10.
