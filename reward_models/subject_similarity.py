@@ -26,6 +26,7 @@ from torch import Tensor
 
 from diffalign.errors import ConfigError, did_you_mean
 from diffalign.rewards import ClipTowers, Reward, RewardError, cosine, normalise, pillow_resize, preprocess
+from reward_models._pictures import files_of, to_tensor
 from reward_models._weights import pretrained
 
 CLIP = "openai/clip-vit-base-patch16"
@@ -33,7 +34,6 @@ CLIP_REVISION = "57c216476eefef5ab752ec549e440a49ae4ae5f3"
 DINO = "facebook/dino-vits16"  # its revision is not pinned
 METHODS = ("clip_i", "dino")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class SubjectSimilarity(Reward):
@@ -128,7 +128,7 @@ class SubjectSimilarity(Reward):
         for reference in given:
             key = str(reference) if isinstance(reference, (str, Path)) else None
             if key is None or key not in self.known:
-                embedding = self.embed(_to_tensor(reference)[None].to(self.device))[0]
+                embedding = self.embed(to_tensor(reference, "subject_similarity")[None].to(self.device))[0]
                 if key is not None:
                     self.known[key] = embedding
             rows.append(self.known[key] if key is not None else embedding)
@@ -169,11 +169,7 @@ def _parse(text: str) -> _What:
         raise ConfigError(f"subject_similarity: lambda {share} is outside [0, 1]")
     files: tuple[Path, ...] = ()
     if colon:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"subject_similarity: folder of references {folder!r} does not exist")
-        files = tuple(sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES))
-        if not files:
-            raise ConfigError(f"subject_similarity: folder {folder!r} holds no pictures ({', '.join(SUFFIXES)})")
+        files = files_of(folder, "subject_similarity")
     return _What(method, share, files)
 
 
@@ -187,29 +183,3 @@ def _references(entry: dict[str, Any], folder: tuple[Path, ...]) -> Sequence[Any
             "folder as in subject_similarity:clip_i:photos/my_dog"
         )
     return given
-
-
-def _to_tensor(reference: Any) -> Tensor:
-    """A reference as float RGB (3, H, W) in [0, 1]."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(reference, Tensor):
-        fits = reference.ndim == 3 and reference.shape[0] == 3 and reference.is_floating_point()
-        if not fits or not 0 <= float(reference.min()) <= float(reference.max()) <= 1:
-            raise RewardError(
-                f"subject_similarity: a reference is {reference.dtype} of shape {tuple(reference.shape)}; floats in [0, 1] "
-                "of shape (3, H, W) expected"
-            )
-        return reference.float()
-    if isinstance(reference, (str, Path)):
-        try:
-            with Image.open(reference) as file:
-                reference = file.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise RewardError(f"subject_similarity: reference {str(reference)!r} cannot be read: {error}") from error
-    if not isinstance(reference, Image.Image):
-        raise RewardError(
-            f"subject_similarity: a reference is {type(reference).__name__}; a path, a Pillow picture or a tensor expected"
-        )
-    return torch.from_numpy(np.asarray(reference.convert("RGB")).copy()).permute(2, 0, 1) / 255

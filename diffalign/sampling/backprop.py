@@ -190,7 +190,8 @@ def through_decoder(
     """Scores of decoded latents, whose gradient to the latents is computed at once.
 
     Exact for scores that depend on one image each: what goes on is score + <gradient, latents>, which has the same value and
-    the same derivative. No graph of decoder or reward outlives the call, and `size` images have one at a time.
+    the same derivative. Of scores that compare the images of a part (`mmd`) the *sum* over the part has. No graph of decoder
+    or reward outlives the call, and `size` images have one at a time.
 
     Args:
         decode: latents (n, ...) to images.

@@ -254,6 +254,20 @@ def test_scores_through_the_decoder_keep_value_and_gradient() -> None:
     torch.testing.assert_close(one, two)
 
 
+def test_scores_of_a_set_through_the_decoder_keep_the_gradient_of_their_sum() -> None:
+    latents = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def score(images: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        products = images @ images.T
+        others = products.sum(1) - products.diagonal()
+        return others, others[:, None].detach()
+
+    found, _ = through_decoder(lambda x: x**3, score, latents, 4)
+    (one,) = torch.autograd.grad(found.sum(), latents)
+    (two,) = torch.autograd.grad(score(latents**3, 0)[0].sum(), latents)
+    torch.testing.assert_close(one, two)
+
+
 def test_gradients_are_averaged_over_processes_where_the_wrapper_is_not_called() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([1.0, 3.0])
