@@ -43,8 +43,10 @@ def stored(store: Path) -> list[dict[str, Any]]:
 
 
 def same(result: dict[str, Any], name: str, base: str, seed: int, args: argparse.Namespace) -> bool:
-    wanted = (name, base, seed, args.steps, args.every, args.prompts, args.set)
-    return tuple(result[key] for key in ("demo", "base", "seed", "steps", "every", "prompts", "set")) == wanted
+    wanted = (name, base, seed, args.steps, args.every, args.prompts, args.set, args.reward)
+    return (
+        tuple(result[key] for key in ("demo", "base", "seed", "steps", "every", "prompts", "set", "reward")) == wanted
+    )
 
 
 def run(name: str, base: str, seed: int, args: argparse.Namespace) -> None:
@@ -86,6 +88,7 @@ def run(name: str, base: str, seed: int, args: argparse.Namespace) -> None:
         "every": args.every,
         "prompts": args.prompts,
         "set": args.set,
+        "reward": args.reward,
         "curve": curve,
     }
     with WRITING, args.store.open("a") as file:
@@ -124,31 +127,24 @@ def curves_of(args: argparse.Namespace, name: str) -> list[list[list[float]]]:
 
 def race(args: argparse.Namespace) -> str:
     """Markdown: what each objective needs to the common target, and ratios to the first one named, seed by seed."""
-    lines = [
-        "| objective | best gain, by seed | target | forwards to it, by seed | seconds to it, by seed | forwards, ratio | "
-        "seconds, ratio |",
-        "| --- " * 7 + "|",
-    ]
+    costs = ("steps", "forwards", "seconds")
+    titles = ["objective", "best gain, by seed", "target", *(f"{what} to it, by seed" for what in costs)]
+    titles += [f"{what}, ratio" for what in costs]
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     first = args.only[0]
     for name in args.only:
         curves, others = curves_of(args, name), curves_of(args, first)
         pair = [max(np.mean([c[i][3] for c in cs]) for i in range(len(cs[0]))) for cs in (curves, others)]
         target = args.share * min(pair)
-        cost = {column: [reached(c, target, column) for c in curves] for column in (1, 2)}
-        base = {column: [reached(c, target, column) for c in others] for column in (1, 2)}
-        ratios = {column: [x / y for x, y in zip(cost[column], base[column], strict=True)] for column in (1, 2)}
+        cost = [[reached(c, target, column) for c in curves] for column in range(3)]
+        base = [[reached(c, target, column) for c in others] for column in range(3)]
+        ratios = [[x / y for x, y in zip(one, two, strict=True)] for one, two in zip(cost, base, strict=True)]
         cells = [
             f"`{name.removeprefix('demo_')}`",
             ", ".join(f"{max(p[3] for p in c):+.3f}" for c in curves),
             f"{target:+.3f}",
-            ", ".join(f"{x:,.0f}" for x in cost[1]),
-            ", ".join(f"{x:.0f}" for x in cost[2]),
-            *(
-                "1"
-                if name == first
-                else f"{np.median(ratios[column]):.2f} ({', '.join(f'{x:.2f}' for x in ratios[column])})"
-                for column in (1, 2)
-            ),
+            *(", ".join(f"{x:,.0f}" for x in one) for one in cost),
+            *("1" if name == first else f"{np.median(r):.2f} ({', '.join(f'{x:.2f}' for x in r)})" for r in ratios),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
