@@ -42,15 +42,15 @@ from diffalign.config import RunConfig
 from diffalign.data.batch import mapped
 from diffalign.data.loader import BatchPlan, PairMicroBatches
 from diffalign.families import DECODER, Conditioning, DenoisingFamily
-from diffalign.losses import Groups, Layout, Objective, Scores
+from diffalign.losses import Layout, Objective, Scores
 from diffalign.losses.diffusion.capo import calibrated_rewards, frontiers
-from diffalign.losses.group_objective import GroupObjective
 from diffalign.losses.scores import mean_square
 from diffalign.offload import Offload
 from diffalign.policy import Policy, guided
 from diffalign.prediction import append_dims, convert
 from diffalign.rounds import plain, rebuilt
 from diffalign.sampling import sampling_mode
+from diffalign.sampling.advantages import RoundAdvantages
 from diffalign.sampling.batches import AnyBatch, Batches, Conditions
 from diffalign.sampling.densities import Densities, StepOutput
 from diffalign.sampling.entries import (
@@ -67,7 +67,6 @@ from diffalign.sampling.entries import (
     Transition,
     Truncated,
 )
-from diffalign.sampling.history import RewardHistory
 from diffalign.sampling.rules import (
     DECODED,
     candidate_steps,
@@ -137,8 +136,7 @@ class ImageRollouts:
             kept=kept,
         )
         self.densities = Densities(config, policy, self.grid, self.eta)
-        size = self.rollout.history
-        self.history = None if size is None else RewardHistory(size, self.rollout.history_min)
+        self.advantages = RoundAdvantages(config)
         self.size = round_size(config, self.grid, self.eta, accelerator.num_processes)
         total = len(self.kept) if self.from_data else len(prompts)
         self.plan = BatchPlan(range(total), [(0, 0)] * total, self.size.prompts, config.seed)
@@ -211,28 +209,19 @@ class ImageRollouts:
         found = [(place, entry.rewards) for place, entry in zip(places, groups, strict=True)]
         if self.accelerator.num_processes > 1:
             found = gather_object(found)
-        advantage = self._advantages(sorted(found, key=lambda one: one[0]), number)
+        advantage = self.advantages(number, self._texts(number), sorted(found, key=lambda one: one[0]))
         return [replace(e, advantage=advantage.get(place)) for place, e in zip(places, groups, strict=True)]
-
-    def _advantages(self, rewards_: list[tuple[int, Tensor]], number: int) -> dict[int, Tensor]:
-        """What the objective makes of (place, rewards) of all prompts of a round, by place; nothing if it makes none."""
-        group = torch.tensor([place for place, reward in rewards_ for _ in reward])
-        reward = torch.cat([reward for _, reward in rewards_])
-        groups = Groups(index=torch.arange(len(reward)), group=group, reward=reward)
-        if self.history is None:
-            advantage = self.objective.round_advantage(groups)
-        else:
-            assert isinstance(self.objective, GroupObjective), "checked before anything is loaded"
-            texts = [self.prompts[index] for index, _ in self.plan.micro_batch(number)]
-            total = self.objective.total(groups)
-            advantage = self.history.advantages(number, [texts[place] for place in group.tolist()], total)
-        return {} if advantage is None else {place: advantage[group == place] for place, _ in rewards_}
 
     def _step_advantages(self, found: list[tuple[int, list[Entry]]], number: int) -> list[tuple[int, list[Entry]]]:
         """The same of every prompt's steps, which share them."""
         steps = [(place, [e for e in entries if isinstance(e, StepRows)]) for place, entries in found]
-        advantage = self._advantages([(place, entries[0].rewards) for place, entries in steps], number)
+        rewards_ = [(place, entries[0].rewards) for place, entries in steps]
+        advantage = self.advantages(number, self._texts(number), rewards_)
         return [(place, [replace(e, advantage=advantage.get(place)) for e in entries]) for place, entries in steps]
+
+    def _texts(self, number: int) -> list[str]:
+        """The prompts of a round, of all processes."""
+        return [self.prompts[index] for index, _ in self.plan.micro_batch(number)]
 
     def _own(self, count: int) -> list[int]:
         """Places of this process's entries: micro-batches are dealt in turn, as those of data are."""
@@ -680,7 +669,7 @@ class ImageRollouts:
 
     def state_dict(self) -> dict[str, Any]:
         """The entries of an unfinished round, but where every step makes its own; and rewards of past rounds."""
-        state: dict[str, Any] = {} if self.history is None else {"history": self.history.state_dict()}
+        state = self.advantages.state_dict()
         if self._round is None or self.steps_per_round == 1:
             return state
         number, entries = self._round
@@ -688,8 +677,7 @@ class ImageRollouts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on within a round. Samples of other processes are not in a checkpoint: with several, the round is made anew."""
-        if self.history is not None and "history" in state:
-            self.history.load_state_dict(state["history"])
+        self.advantages.load_state_dict(state)
         if "round" not in state:
             return
         if state["processes"] != 1 or self.accelerator.num_processes != 1:

@@ -22,8 +22,8 @@ from diffalign.metrics import read_rows
 from diffalign.prediction import add_noise
 from diffalign.references import Lagged
 from diffalign.sampling import rollouts as rollouts_module
+from diffalign.sampling.advantages import RewardHistory
 from diffalign.sampling.entries import Sampled, StepBatch, TrajectoryBatch
-from diffalign.sampling.history import RewardHistory
 from diffalign.sampling.rollouts import ImageRollouts, Scoring
 from diffalign.sampling.trajectories import Trajectory, log_density
 from diffalign.trainer import train

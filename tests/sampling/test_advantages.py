@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffalign.sampling.history import RewardHistory
+from diffalign.sampling.advantages import RewardHistory
 
 
 class Tracker:
