@@ -292,6 +292,7 @@ def _usage_of_users(config: RunConfig) -> str:
     )
     lines = [
         "import torch",
+        *_save_imports(config),
         "from diffalign import user_branches",
         *([] if weights else ["from diffalign.users import hashed, read_users"]),
         *load,
@@ -306,10 +307,8 @@ def _usage_of_users(config: RunConfig) -> str:
             if weights
             else ["with branch.given(next(iter(users.values()))[0]):  # or users[hashed(id)][0]"]
         ),
-        f"    image = pipe({quoted(_prompt(config))}, num_inference_steps={config.sampling.num_inference_steps}, "
-        f"guidance_scale={config.sampling.guidance_scale}, height={config.data.resolution}, width={config.data.resolution}, "
-        "generator=torch.Generator().manual_seed(0)).images[0]",
-        'image.save("sample.png")',
+        *(f"    {line}" for line in _call(config)),
+        *_save(config),
     ]
     text = "In diffusers, run in this folder:\n\n```python\n" + "\n".join(lines) + "\n```\n\n"
     if weights:
@@ -409,10 +408,25 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
             )
             load = f"{first}negative=True)\n{load}"
             adapter = quoted("negative")
-    frames = _frames(config)
     lines += [load] if load else []
     start = len(lines) + 1
-    lines += ["", f"{'frames' if frames > 1 else 'image'} = pipe(", f"    {quoted(_prompt(config))},"]
+    lines += ["", *_call(config)]
+    if alone:
+        beta = f", beta={config.negative.beta:g}" if config.negative.beta != 1 else ""
+        if joint:
+            beta = f", alpha=0{beta}, prompt_share={config.negative.prompt_share:g}"
+        call = [f"with NegativeGuidance(pipe, {adapter}{beta}):", *(f"    {line}" for line in lines[start:])]
+        lines[start:] = call
+    lines[1:1] = _save_imports(config)
+    lines += _save(config)
+    lines = [line for i, line in enumerate(lines) if not line.startswith("from ") or line not in lines[:i]]
+    return "\n".join(lines) + "\n"
+
+
+def _call(config: RunConfig) -> list[str]:
+    """Source that samples as the run's evaluation does, with `pipe`."""
+    model, sampling, frames, video = config.model, config.sampling, _frames(config), _makes_clips(config.model)
+    lines = [f"{'frames' if frames > 1 else 'image'} = pipe(", f"    {quoted(_prompt(config))},"]
     # Qwen-Image is guided only where there is a negative prompt, an empty one included.
     guidance = GUIDANCE.get(model.family, "guidance_scale")
     if sampling.negative_prompt or (guidance == "true_cfg_scale" and sampling.guidance_scale > 1):
@@ -428,25 +442,21 @@ def snippet(config: RunConfig, lora: str = LORA_FILE) -> str:
     lines += [f"    {argument}," for argument in CALL_ARGUMENTS.get(model.family, ())]
     resolution = sampling.resolution or config.data.resolution
     lines += [f"    height={resolution},", f"    width={resolution},"]
-    video = _makes_clips(model)
     if video:
         lines += [f"    num_frames={frames},", *([] if frames > 1 else ['    output_type="pil",'])]
     lines += ["    generator=torch.Generator().manual_seed(0),"]
-    lines += [").frames[0]" if frames > 1 else ").frames[0][0]" if video else ").images[0]"]
-    if alone:
-        beta = f", beta={config.negative.beta:g}" if config.negative.beta != 1 else ""
-        if joint:
-            beta = f", alpha=0{beta}, prompt_share={config.negative.prompt_share:g}"
-        call = [f"with NegativeGuidance(pipe, {adapter}{beta}):", *(f"    {line}" for line in lines[start:])]
-        lines[start:] = call
-    if frames > 1:
-        lines.insert(1, "from diffusers.utils import export_to_video")
-        fps = FRAMES_PER_SECOND.get(model.family, 8)
-        lines += [f'export_to_video(frames, "sample.mp4", fps={fps})']
-    else:
-        lines += ['image.save("sample.png")']
-    lines = [line for i, line in enumerate(lines) if not line.startswith("from ") or line not in lines[:i]]
-    return "\n".join(lines) + "\n"
+    return [*lines, ").frames[0]" if frames > 1 else ").frames[0][0]" if video else ").images[0]"]
+
+
+def _save_imports(config: RunConfig) -> list[str]:
+    return ["from diffusers.utils import export_to_video"] if _frames(config) > 1 else []
+
+
+def _save(config: RunConfig) -> list[str]:
+    """Source that writes what `_call` made."""
+    if _frames(config) > 1:
+        return [f'export_to_video(frames, "sample.mp4", fps={FRAMES_PER_SECOND.get(config.model.family, 8)})']
+    return ['image.save("sample.png")']
 
 
 def _fuse_lines(model: ModelConfig) -> list[str]:

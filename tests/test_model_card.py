@@ -210,6 +210,20 @@ def test_snippets_of_transformers_use_their_pipelines(family: str, expected: lis
     assert ("no LoRA loader" in text) == (family == "pixart")
 
 
+@pytest.mark.parametrize("section", [{"users": {"encoder": "clip:x"}}, {"preference": {"rewards": ["a", "b"]}}])
+def test_what_the_network_is_told_is_given_around_the_same_call(section: dict[str, Any], tmp_path: Path) -> None:
+    model = {"family": "qwen_image"}
+    plain = snippet(make_config(model=model))
+    told = python_block(
+        card(tmp_path, make_config(model=model, **section), files=FILES | {"users": "users.safetensors"})
+    )
+    compile(told, "snippet", "exec")
+    call = plain[plain.index("image = pipe(") :].split("image.save")[0]
+    assert call.count("true_cfg_scale=") == 1
+    assert "".join(f"    {line}\n" for line in call.splitlines()) in told
+    assert told.index("branch.given(") < told.index("true_cfg_scale=") < told.index("image.save(")
+
+
 def test_clips_are_saved_as_a_video(tmp_path: Path) -> None:
     config = make_config(model={"family": "wan", "flow_shift": 3.0}, data={"resolution": 480, "num_frames": 33})
     text = card(tmp_path, config)
