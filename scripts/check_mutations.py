@@ -39,6 +39,8 @@ SPARSE_RUN = "tests/test_sparse_run.py"
 TRAJECTORIES = "tests/sampling/test_trajectories.py"
 ROLLOUTS = "tests/sampling/test_rollouts.py"
 INVERSION = "tests/test_inversion.py"
+HISTORY = "tests/sampling/test_advantages.py"
+MMD = "tests/reward_models/test_mmd.py"
 MUTATIONS = (
     Mutation(
         "sign flipped in the loss",
@@ -487,6 +489,48 @@ MUTATIONS = (
         "self.config.judge.criteria_weight * weight",
         "weight",
         "tests/test_reward_job.py",
+    ),
+    Mutation(
+        "history of rewards with the sample's deviation",
+        "diffalign/sampling/advantages.py",
+        "against.std(correction=0)",
+        "against.std(correction=1)",
+        HISTORY,
+    ),
+    Mutation(
+        "a reward is compared with a history that is too short",
+        "diffalign/sampling/advantages.py",
+        "len(known) >= self.minimum",
+        "len(known) > self.minimum",
+        HISTORY,
+    ),
+    Mutation(
+        "the oldest rewards are kept",
+        "diffalign/sampling/advantages.py",
+        "(number, value)][-self.size :]",
+        "(number, value)][: self.size]",
+        HISTORY,
+    ),
+    Mutation(
+        "a round that comes again is remembered twice",
+        "diffalign/sampling/advantages.py",
+        "if entry[0] < number]",
+        "if entry[0] <= number]",
+        HISTORY,
+    ),
+    Mutation(
+        "pictures are compared with themselves",
+        "reward_models/mmd.py",
+        "(every.sum(1) - every.diagonal()) / (len(x) - 1)",
+        "every.mean(1)",
+        MMD,
+    ),
+    Mutation(
+        "one half of the distance to the folder dropped",
+        "reward_models/mmd.py",
+        "near = 2 * kernel(",
+        "near = kernel(",
+        MMD,
     ),
     Mutation(
         "mix: its groups may be cut",
