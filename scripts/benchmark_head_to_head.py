@@ -4,7 +4,7 @@
         --figure docs/images/nft_flow_grpo.png --write docs/benchmarks/online.md --mark nft
 
 Every run is watched every so many steps on the same held-out prompts and noise, drawn as the evaluation draws. The target
-is a gain over the base: of every two objectives, `--share` of the smaller of their best mean gains, so that both reach it.
+of a seed is a gain over the base: `--share` of the smallest of the objectives' best gains, so that all reach it.
 Forwards and seconds to the target are read off the curve between two looks; looks themselves cost neither. A forward is an
 image that goes through the network, with gradient or without; seconds are those of training steps and sampling.
 
@@ -126,23 +126,27 @@ def curves_of(args: argparse.Namespace, name: str) -> list[list[list[float]]]:
 
 
 def race(args: argparse.Namespace) -> str:
-    """Markdown: what each objective needs to the common target, and ratios to the first one named, seed by seed."""
+    """Markdown: what each objective needs to the target of a seed, and ratios to the first one named, median and by seed."""
     costs = ("steps", "forwards", "seconds")
-    titles = ["objective", "best gain, by seed", "target", *(f"{what} to it, by seed" for what in costs)]
+    titles = ["objective", "best gain, by seed", "target, by seed", *(f"{what} to it, by seed" for what in costs)]
     titles += [f"{what}, ratio" for what in costs]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    curves = {name: curves_of(args, name) for name in args.only}
     first = args.only[0]
-    for name in args.only:
-        curves, others = curves_of(args, name), curves_of(args, first)
-        pair = [max(np.mean([c[i][3] for c in cs]) for i in range(len(cs[0]))) for cs in (curves, others)]
-        target = args.share * min(pair)
-        cost = [[reached(c, target, column) for c in curves] for column in range(3)]
-        base = [[reached(c, target, column) for c in others] for column in range(3)]
-        ratios = [[x / y for x, y in zip(one, two, strict=True)] for one, two in zip(cost, base, strict=True)]
+    best = {name: [max(point[3] for point in curve) for curve in found] for name, found in curves.items()}
+    targets = [args.share * min(gains) for gains in zip(*best.values(), strict=True)]
+    costs_of = {
+        name: [[reached(c, target, column) for c, target in zip(found, targets, strict=True)] for column in range(3)]
+        for name, found in curves.items()
+    }
+    for name, cost in costs_of.items():
+        ratios = [
+            [x / y for x, y in zip(one, two, strict=True)] for one, two in zip(cost, costs_of[first], strict=True)
+        ]
         cells = [
             f"`{name.removeprefix('demo_')}`",
-            ", ".join(f"{max(p[3] for p in c):+.3f}" for c in curves),
-            f"{target:+.3f}",
+            ", ".join(f"{gain:+.3f}" for gain in best[name]),
+            ", ".join(f"{target:+.3f}" for target in targets),
             *(", ".join(f"{x:,.0f}" for x in one) for one in cost),
             *("1" if name == first else f"{np.median(r):.2f} ({', '.join(f'{x:.2f}' for x in r)})" for r in ratios),
         ]
@@ -178,7 +182,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--every", type=int, default=8, help="steps between two looks")
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts of a look")
-    parser.add_argument("--share", type=float, default=0.8, help="of the smaller best gain: the target")
+    parser.add_argument("--share", type=float, default=0.8, help="of the smallest best gain of a seed: its target")
     parser.add_argument("--reward", default="world_taste:outlined")
     parser.add_argument("--out", type=Path, default=Path("runs/head_to_head"))
     parser.add_argument("--store", type=Path, default=STORE)
