@@ -261,7 +261,7 @@ def _by_rewards(
     names = settings.source.rewards
     models = {name: rewards.load(name, settings.source.device) for name in names}
     for name, model in models.items():
-        rewards.refuse_groups(name, model.grouped, "annotate")
+        rewards.refuse_groups(name, rewards.compares(model), "annotate")
     identities = {name: rewards.identity(name, model) for name, model in models.items()}
 
     def key(name: str, group: Group, item: Item) -> str:

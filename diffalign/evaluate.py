@@ -155,9 +155,10 @@ def score_all(
 ) -> Tensor:
     """Scores (N,), on the CPU, of uint8 images (N, 3, H, W) or clips (N, 3, F, H, W); one batch at a time is held as floats.
 
-    With a cache, the reward `name` is asked only for what is not in it. Scores of groups are not cached, nor cut.
+    With a cache, the reward `name` is asked only for what is not in it. Where pictures are compared with one another scores
+    are not cached, nor cut.
     """
-    if reward.grouped:
+    if rewards.compares(reward):
         batch_size, cache = max(1, len(prompts)), None
     seen = images if reward.clips else rewards.stills(images)
     scores = []

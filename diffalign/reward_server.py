@@ -77,6 +77,11 @@ class RewardServer(ThreadingHTTPServer):
         for what, value in (("max-batch", max_batch), ("max-bytes", max_bytes), ("queue", queue)):
             if value < 1:
                 raise ConfigError(f"serve-reward: --{what} is {value}; at least 1 expected")
+        if isinstance(reward, Reward) and reward.sets:
+            raise ConfigError(
+                f"serve-reward: reward {name!r} compares all pictures of a call, and clients cut theirs into requests; name "
+                "it in the run itself"
+            )
         self.reward, self.device, self.token = reward, device, token
         low, high = reward.range
         self.health = wire.Health(

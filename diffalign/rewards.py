@@ -108,10 +108,12 @@ class Reward(RewardModel):
     Attributes:
         clips: it judges clips (B, 3, F, H, W), too; otherwise it is shown their middle frame.
         grouped: a picture's score depends on the others of its prompt, which therefore all come in one call.
+        sets: a picture's score depends on all others of the call, so that calls should be as large as possible.
     """
 
     clips: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
+    sets: ClassVar[bool] = False
 
     @classmethod
     def groups(cls, argument: str | None) -> bool:
@@ -287,17 +289,22 @@ def check_images(name: str) -> None:
 
 
 def groups(name: str) -> bool:
-    """Whether the scores of a reward of pictures depend on the others of their prompt, as far as that is known unloaded."""
+    """Whether the scores of a reward of pictures depend on other pictures, as far as that is known before it is loaded."""
     cls, argument = find(name)
-    return issubclass(cls, Reward) and cls.groups(argument)
+    return issubclass(cls, Reward) and (cls.groups(argument) or cls.sets)
+
+
+def compares(model: Reward) -> bool:
+    """The same of a loaded reward."""
+    return model.grouped or model.sets
 
 
 def refuse_groups(name: str, grouped: bool, what: str) -> None:
-    """Refuse a reward that compares the pictures of a prompt, where they do not come together.
+    """Refuse a reward that compares pictures with one another, where they do not come together.
 
     Args:
         name: of the reward.
-        grouped: of `groups(name)`, or of the loaded reward.
+        grouped: `groups(name)`, or `compares` of the loaded reward.
         what: the command that scores pictures as they come.
 
     Raises:
@@ -305,8 +312,8 @@ def refuse_groups(name: str, grouped: bool, what: str) -> None:
     """
     if grouped:
         raise ConfigError(
-            f"{what}: reward {name!r} compares the pictures of a prompt, and {what} scores them as they come; take it in "
-            "rollout.rewards or evaluation.rewards, where a prompt's pictures stay together"
+            f"{what}: reward {name!r} compares pictures with one another, and {what} scores them as they come; take it in "
+            "rollout.rewards or evaluation.rewards, where a prompt's pictures, and those of a call, stay together"
         )
 
 
@@ -409,7 +416,7 @@ def score(
             the middle frame. Gradient flows if the reward is differentiable.
         prompts: B texts.
         metadata: B dictionaries or None.
-        batch_size: pictures per call of the reward, unless it is `grouped`.
+        batch_size: pictures per call of the reward, unless it compares them with one another (`grouped`, `sets`).
         device: where the reward was loaded, if it is not where the pictures are.
         missing: let NaN through, which says that the reward has no opinion.
 
@@ -425,7 +432,7 @@ def score(
         images = stills(images)
     _check_input(name, reward, images, prompts, metadata)
     scores = []
-    if reward.grouped:
+    if compares(reward):
         batch_size = max(1, len(prompts))
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)

@@ -336,7 +336,7 @@ def score(settings: Settings) -> Scored:
     """
     models = {name: rewards.load(name, settings.device) for name in settings.rewards}
     for name, model in models.items():
-        rewards.refuse_groups(name, model.grouped, "score")
+        rewards.refuse_groups(name, rewards.compares(model), "score")
     result = Scored({}, [Column(name) for name in models], DataReport())
     with score_cache.from_environment(settings.cache) as cache, Progress("scoring", count(settings), "picture") as bar:
         waiting: dict[tuple[int, int], list[tuple[Picture, Tensor]]] = {}

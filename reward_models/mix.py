@@ -62,6 +62,7 @@ class Mix(Reward):
         smooth = all(entry.scale != "rank" for entry in (*self.plan.parts, *self.plan.constraints))
         self.differentiable = smooth and all(model.differentiable for model in self.models.values())  # type: ignore[misc]
         self.grouped = any(model.grouped for model in self.models.values())  # type: ignore[misc]
+        self.sets = any(model.sets for model in self.models.values())  # type: ignore[misc]
         self._parts: dict[str, Tensor] = {}
 
     @classmethod

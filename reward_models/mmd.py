@@ -40,6 +40,7 @@ class MMD(Reward):
     range = (-float("inf"), float("inf"))
     unit = "of the kernel; 0 on average for pictures of the folder's distribution, below for others; above is possible"
     differentiable = True
+    sets = True
     weights = f"{MODEL}@{REVISION}"
     licence = "MIT"
     gap = (

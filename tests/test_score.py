@@ -247,7 +247,7 @@ def test_a_reward_on_a_server(run: Run, pictures: Path, expected: list[float], t
     [
         (["--reward", "pickscor"], "did you mean 'pickscore'"),
         (["--reward", "text_world"], "judges texts"),
-        (["--reward", "mix:1*diversity"], "compares the pictures of a prompt, and score scores them as they come"),
+        (["--reward", "mix:1*diversity"], "compares pictures with one another, and score scores them as they come"),
         (["--reward", "pickscore", "--reward", "pickscore"], "named twice"),
         ([], "no reward; give --reward NAME"),
         (["--reward", "pickscore", "--out", "s.txt"], "a name that ends in .csv, .jsonl, .parquet expected"),
