@@ -338,7 +338,8 @@ def read_config(args: argparse.Namespace) -> RunConfig:
 def run_plan(args: argparse.Namespace) -> int:
     config = read_config(args)
     from diffalign import _plan_rewards, plugins
-    from diffalign.plan import make_plan, render, to_json
+    from diffalign.plan import make_plan, to_json
+    from diffalign.plan_text import render
 
     if plugins.find("families", config.model.family).modality == "reward":  # type: ignore[attr-defined]
         told = _plan_rewards.plan_reward(config, gpu_gb=args.gpu_gb, num_processes=args.processes, pairs=args.pairs)

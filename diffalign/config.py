@@ -533,6 +533,13 @@ class UsersConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1")
 
+    @property
+    def expected_width(self) -> int:
+        """Of an embedding whose encoder is not loaded yet: CLIP ViT-L/14, a language model of 4,096, the tiny world's."""
+        if self.encoder == "world_clip":
+            return 256
+        return 4096 * len(self.layers) if (self.encoder or "").startswith("vlm:") else 2 * 768
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:

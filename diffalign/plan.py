@@ -585,10 +585,3 @@ def to_json(plan: Plan) -> str:
         if setting is not None:
             owner["memory"]["total"] = setting.memory.total
     return json.dumps(tree, indent=2)
-
-
-def render(plan: Plan) -> str:
-    """A plan as aligned plain text."""
-    from diffalign import _plan_text
-
-    return _plan_text.render(plan)

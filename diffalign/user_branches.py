@@ -405,9 +405,7 @@ def wanted(config: RunConfig, width: int | None = None) -> Kind | None:
     """
     users, preference = config.users, config.preference
     if users.encoder is not None:
-        from diffalign.users import expected_width
-
-        width = expected_width(users) if width is None else width
+        width = users.expected_width if width is None else width
         hidden = HIDDEN if users.through == "time" else 0
         return Kind(users.through, width, users.tokens, users.token_size, hidden, seed=config.seed)
     if preference.seen:

@@ -184,13 +184,6 @@ def check_encoder(config: UsersConfig) -> None:
         raise ConfigError(f"users.encoder: {weights!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def expected_width(config: UsersConfig) -> int:
-    """d before an encoder is loaded, for counts: CLIP ViT-L/14, or a language model of 4,096; the tiny world's own."""
-    if config.encoder == "world_clip":
-        return 256
-    return 4096 * len(config.layers) if (config.encoder or "").startswith("vlm:") else 2 * 768
-
-
 def held_out(user: str, share: float) -> bool:
     """Whether a user is kept out of training: a function of the id alone."""
     digest = hashlib.sha256(f"held out user/{user}".encode()).digest()

@@ -24,7 +24,8 @@ from diffalign.errors import ConfigError
 from diffalign.families import DECODER, ENCODERS, NETWORK, DenoisingFamily, load_family, published
 from diffalign.hardware import resolve_auto
 from diffalign.measure import NetworkCost, measure_decoder, measure_encoder, measure_network
-from diffalign.plan import GIB, choose_micro_batch, make_plan, pairs_per_device, render, to_json
+from diffalign.plan import GIB, choose_micro_batch, make_plan, pairs_per_device, to_json
+from diffalign.plan_text import render
 from diffalign.preflight import check
 
 SHIPPED = ("sdxl_dpo_pickapic", "sdxl_dpo_pickapic_24gb", "sd15_dpo_pickapic")

@@ -617,7 +617,8 @@ def test_a_config_alone_has_no_adapter_to_ask(
 
 @pytest.mark.parametrize("through", ["gates", "time", "attention"])
 def test_plans_count_the_module(through: Any) -> None:
-    from diffalign.plan import make_plan, render
+    from diffalign.plan import make_plan
+    from diffalign.plan_text import render
 
     rank = 0 if through == "attention" else 16
     config = load_config("demo_preference", [f"preference.through={through}", f"lora.rank={rank}"])

@@ -616,7 +616,8 @@ def test_pictures_of_people_are_asked_for_by_id(
 @pytest.mark.parametrize("through", ["attention", "gates", "time"])
 def test_plans_count_the_branch(through: Any) -> None:
     from diffalign.config_loading import load_config
-    from diffalign.plan import make_plan, render
+    from diffalign.plan import make_plan
+    from diffalign.plan_text import render
 
     rank = 0 if through == "attention" else 16
     config = load_config("demo_ppd", [f"users.through={through}", f"lora.rank={rank}"])
