@@ -52,13 +52,20 @@ def _chooses(config: RunConfig) -> bool:
 
 
 def _reads_advantages(config: RunConfig) -> bool:
-    """Whether advantages are made of the summed reward, before a round is cut."""
+    """Whether the objective learns from advantages whatever their mean within a prompt is."""
+    from diffalign.losses.diffusion.crd import CRD
+    from diffalign.losses.diffusion.dgpo import DGPO
     from diffalign.losses.group_objective import GroupObjective
 
+    # DGPO's advantages have to add up to 0 in a group, CRD centres them in the group again.
+    return isinstance(config.objective, GroupObjective) and not isinstance(config.objective, (CRD, DGPO))
+
+
+def _sums_rewards(config: RunConfig) -> bool:
+    """Whether advantages are made of the summed reward, before a round is cut."""
     objective = config.objective
-    if not isinstance(objective, GroupObjective) or objective.aggregate != "sum_then_normalize":
-        return False
-    return "groups" in objective.needs.layout and not (objective.beta and objective.kl_in_reward)
+    summed = getattr(objective, "aggregate", "") == "sum_then_normalize"
+    return summed and not (getattr(objective, "beta", 0) and getattr(objective, "kl_in_reward", False))
 
 
 UNREAD = (
@@ -202,11 +209,18 @@ UNREAD = (
         "rollout",
         ("history", "history_min"),
         lambda config: not _reads_advantages(config),
-        "only objectives on advantages of rewards read it, such as ddpo, whose divergence is not in the reward",
+        "only objectives on advantages whose mean within a prompt is free read it, such as ddpo",
+    ),
+    Unread(
+        "rollout",
+        ("history", "history_min"),
+        lambda config: _reads_advantages(config) and not _sums_rewards(config),
+        "it compares summed rewards as they are given: objective.aggregate is 'sum_then_normalize' then, and no divergence "
+        "is in the reward (objective.kl_in)",
     ),
     Unread(
         "objective",
-        ("center", "scale_rewards"),
+        ("center", "scale_rewards", "normalize_advantages"),
         lambda config: config.rollout.history is not None,
         "rewards are compared with the last rewards of their prompt (rollout.history)",
     ),
@@ -320,6 +334,7 @@ def check_groups(config: RunConfig) -> None:
 
     for name in config.rollout.rewards:
         check_group(config, name, rewards.groups(name))
+        check_set(config, name, rewards.of_sets(name))
 
 
 def check_group(config: RunConfig, name: str, grouped: bool) -> None:
@@ -340,6 +355,27 @@ def check_group(config: RunConfig, name: str, grouped: bool) -> None:
                 f"sampling.batch_size: got {batch}; reward {name!r} compares the images of a prompt, which are scored as "
                 f"they are sampled: expected a multiple of rollout.samples_per_prompt {count}"
             )
+
+
+def check_set(config: RunConfig, name: str, sets: bool) -> None:
+    """Refuse a reward of sets where images are scored one by one, or where one would be left alone.
+
+    Raises:
+        ConfigError: naming the reward.
+    """
+    size, part = config.training.train_batch_size, config.rollout.decode_batch_size
+    if not sets:
+        return
+    if config.objective.rows_from == "candidates":
+        raise ConfigError(
+            f"rollout.rewards: {name!r} compares all images of a call, and objective {config.objective.name!r} scores them "
+            "one by one; remove it"
+        )
+    if config.objective.rows_from == "differentiable" and isinstance(size, int) and (part < 2 or size % part == 1):
+        raise ConfigError(
+            f"rollout.decode_batch_size: got {part}; reward {name!r} compares the images that are decoded together, and of "
+            f"training.train_batch_size {size} one would be left alone: take a divisor of it, the larger the better"
+        )
 
 
 def _check_steps(rollout: RolloutConfig) -> None:

@@ -81,7 +81,7 @@ def check_reward_run(config: RunConfig, facts: Collection[str]) -> None:
             "number and gradient_checkpointing true or false"
         )
     for name in config.evaluation.rewards:
-        rewards.check_images(name)
+        rewards.check_judge(name)
     for name in ("rewards", "every"):
         if getattr(config.evaluation, name) and not config.evaluation.held_out_fraction:
             raise ConfigError(

@@ -131,7 +131,7 @@ def check(settings: Settings) -> None:
         raise ConfigError("annotate: give --reward NAME (several times for several), or --judge FILE")
     for name in named:
         rewards.check_images(name)
-        rewards.refuse_groups(name, rewards.groups(name), "annotate")
+        rewards.refuse_groups(name, rewards.groups(name) or rewards.of_sets(name), "annotate")
     if len(set(named)) < len(named):
         raise ConfigError(f"annotate: a reward is named twice: {', '.join(named)}")
     if settings.judge is not None:

@@ -245,7 +245,8 @@ class RolloutConfig:
             (MixGRPO: 25); null: its start is drawn for every prompt and round (Flow-GRPO-Fast).
         history: policy gradients and other objectives on advantages: a reward is compared with the last so many rewards of
             its prompt, over rounds (DDPO's code: 16 or 32). null: with its round, as `objective.center` and
-            `objective.scale_rewards` say. For short lists of prompts: one that comes once is never known.
+            `objective.scale_rewards` say. For short lists of prompts, and the one way to do without groups
+            (`samples_per_prompt: 1`): of a long list no prompt is known soon.
         history_min: with fewer rewards of its prompt a reward is compared with all of its round (DDPO's code: 16).
         steps_per_sample: of every trajectory, how many of its steps are trained, drawn at random; null: all that have a
             density for trajectory objectives, and 1 for points on the way (Diffusion-DRO).

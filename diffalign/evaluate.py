@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign import rewards, score_cache, statistics
+from diffalign import plugins, rewards, score_cache, statistics
 from diffalign.config import EvaluationConfig
 from diffalign.data.batch import collate
 from diffalign.data.loader import PairMicroBatches
@@ -155,10 +155,13 @@ def score_all(
 ) -> Tensor:
     """Scores (N,), on the CPU, of uint8 images (N, 3, H, W) or clips (N, 3, F, H, W); one batch at a time is held as floats.
 
-    With a cache, the reward `name` is asked only for what is not in it. Where pictures are compared with one another scores
-    are not cached, nor cut.
+    With a cache, the reward `name` is asked only for what is not in it. Scores of groups are not cached, nor cut.
+
+    Raises:
+        ConfigError: a reward of sets, whose pictures have no scores of their own.
     """
-    if rewards.compares(reward):
+    rewards.refuse_sets(name or plugins.name_of(type(reward)), reward.sets)
+    if reward.grouped:
         batch_size, cache = max(1, len(prompts)), None
     seen = images if reward.clips else rewards.stills(images)
     scores = []

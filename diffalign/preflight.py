@@ -170,7 +170,7 @@ def _check_image_rollout(config: RunConfig) -> None:
                     "gradient; take one that is (docs/how-to/rewards.md), or an objective such as 'diffusion_nft', which "
                     "needs no gradient"
                 )
-    elif not (from_data or own) and rollout.samples_per_prompt < 2:
+    elif not (from_data or own) and rollout.samples_per_prompt < (2 if rollout.history is None else 1):
         raise ConfigError(f"rollout.samples_per_prompt: got {rollout.samples_per_prompt}; a group has at least 2")
     if objective.trains_steps and rollout.eta == 0:
         raise ConfigError("rollout.eta: got 0; a deterministic sampler's transitions have no density; take 1")
@@ -583,7 +583,7 @@ def check_sampling(config: RunConfig) -> None:
     if config.sampling.scheduler:
         find_scheduler(config.sampling.scheduler)
     for name in config.evaluation.rewards:
-        rewards.check_images(name)
+        rewards.check_judge(name)
 
 
 def _check_frames(config: RunConfig) -> None:

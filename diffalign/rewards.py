@@ -120,6 +120,11 @@ class Reward(RewardModel):
         """Whether it is `grouped` with this argument, as far as that can be told before it is loaded."""
         return cls.grouped
 
+    @classmethod
+    def of_sets(cls, argument: str | None) -> bool:
+        """The same of `sets`."""
+        return cls.sets
+
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None = None) -> Tensor:
         """Score pictures.
@@ -289,14 +294,43 @@ def check_images(name: str) -> None:
 
 
 def groups(name: str) -> bool:
-    """Whether the scores of a reward of pictures depend on other pictures, as far as that is known before it is loaded."""
+    """Whether the scores of a reward of pictures depend on the others of their prompt, as far as that is known unloaded."""
     cls, argument = find(name)
-    return issubclass(cls, Reward) and (cls.groups(argument) or cls.sets)
+    return issubclass(cls, Reward) and cls.groups(argument)
+
+
+def of_sets(name: str) -> bool:
+    """Whether they depend on all pictures of a call, which therefore have no scores of their own."""
+    cls, argument = find(name)
+    return issubclass(cls, Reward) and cls.of_sets(argument)
 
 
 def compares(model: Reward) -> bool:
-    """The same of a loaded reward."""
+    """Whether a loaded reward compares pictures with one another."""
     return model.grouped or model.sets
+
+
+def check_judge(name: str) -> None:
+    """Refuse what cannot judge single pictures of an evaluation, before anything is loaded.
+
+    Raises:
+        ConfigError: no reward of pictures, or one of whole sets.
+    """
+    check_images(name)
+    refuse_sets(name, of_sets(name))
+
+
+def refuse_sets(name: str, sets: bool) -> None:
+    """Refuse a reward of sets where pictures are compared by their own scores.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if sets:
+        raise ConfigError(
+            f"evaluation: reward {name!r} is one number of a whole set of pictures, shared out among them; gains and win "
+            "rates by caption, and their intervals, would be wrong: take it in rollout.rewards, and others to judge"
+        )
 
 
 def refuse_groups(name: str, grouped: bool, what: str) -> None:
@@ -304,7 +338,7 @@ def refuse_groups(name: str, grouped: bool, what: str) -> None:
 
     Args:
         name: of the reward.
-        grouped: `groups(name)`, or `compares` of the loaded reward.
+        grouped: `groups(name) or of_sets(name)`, or `compares` of the loaded reward.
         what: the command that scores pictures as they come.
 
     Raises:
@@ -313,7 +347,7 @@ def refuse_groups(name: str, grouped: bool, what: str) -> None:
     if grouped:
         raise ConfigError(
             f"{what}: reward {name!r} compares pictures with one another, and {what} scores them as they come; take it in "
-            "rollout.rewards or evaluation.rewards, where a prompt's pictures, and those of a call, stay together"
+            "rollout.rewards, where they stay together"
         )
 
 

@@ -147,7 +147,7 @@ def check(settings: Settings, out: Path, grid: Path | None) -> None:
         raise ConfigError(f"score: a reward is named twice: {', '.join(settings.rewards)}")
     for name in settings.rewards:
         rewards.check_images(name)
-        rewards.refuse_groups(name, rewards.groups(name), "score")
+        rewards.refuse_groups(name, rewards.groups(name) or rewards.of_sets(name), "score")
     for what, path, known in (("--out", out, TABLES), ("--grid", grid, GRIDS)):
         if path is not None and path.suffix.lower() not in known:
             raise ConfigError(f"score: {what} is {str(path)!r}; a name that ends in {', '.join(known)} expected")

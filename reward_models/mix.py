@@ -76,6 +76,11 @@ class Mix(Reward):
         plan = _read(argument or "")
         return any(rewards.groups(entry.reward) for entry in (*plan.parts, *plan.constraints))
 
+    @classmethod
+    def of_sets(cls, argument: str | None) -> bool:
+        plan = _read(argument or "")
+        return any(rewards.of_sets(entry.reward) for entry in (*plan.parts, *plan.constraints))
+
     def identity(self) -> str:
         parts = {name: rewards.identity(name, model) for name, model in self.models.items()}
         return json.dumps([dataclasses.asdict(self.plan), parts])

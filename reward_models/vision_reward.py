@@ -102,6 +102,8 @@ class VisionReward(vlm.JudgeReward):
         self.settings = _read(file)
         named = self.settings.alignment
         self.alignment = rewards.load(named, device, dtype) if named else None
+        if named and self.alignment:
+            rewards.refuse_groups(named, rewards.compares(self.alignment), "vision_reward")
         self._parts: dict[str, Tensor] = {}
 
     @classmethod

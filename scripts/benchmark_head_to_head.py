@@ -117,12 +117,21 @@ def reached(curve: list[list[float]], target: float, column: int) -> float:
     return float("inf")
 
 
-def curves_of(args: argparse.Namespace, name: str) -> list[list[list[float]]]:
-    """By seed."""
+def curves_of(args: argparse.Namespace) -> dict[str, list[list[list[float]]]]:
+    """Of every demo, by seed.
+
+    Raises:
+        SystemExit: one is missing.
+    """
+    store = stored(args.store)
     found = {
-        r["seed"]: r["curve"] for r in stored(args.store) for seed in args.seeds if same(r, name, args.base, seed, args)
+        name: {r["seed"]: r["curve"] for r in store for seed in args.seeds if same(r, name, args.base, seed, args)}
+        for name in args.only
     }
-    return [found[seed] for seed in sorted(found)]
+    missing = [f"{name}, seed {seed}" for name, known in found.items() for seed in args.seeds if seed not in known]
+    if missing:
+        raise SystemExit(f"no curve of {'; '.join(missing)}: run it, or name other --seeds")
+    return {name: [known[seed] for seed in args.seeds] for name, known in found.items()}
 
 
 def race(args: argparse.Namespace) -> str:
@@ -131,7 +140,7 @@ def race(args: argparse.Namespace) -> str:
     titles = ["objective", "best gain, by seed", "target, by seed", *(f"{what} to it, by seed" for what in costs)]
     titles += [f"{what}, ratio" for what in costs]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
-    curves = {name: curves_of(args, name) for name in args.only}
+    curves = curves_of(args)
     first = args.only[0]
     best = {name: [max(point[3] for point in curve) for curve in found] for name, found in curves.items()}
     targets = [args.share * min(gains) for gains in zip(*best.values(), strict=True)]
@@ -157,8 +166,8 @@ def race(args: argparse.Namespace) -> str:
 def draw(args: argparse.Namespace) -> None:
     """Gain against forwards and against seconds: thin lines are seeds, the thick one their mean by step."""
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.3), sharey=True)
-    for colour, name in zip(COLOURS, args.only, strict=False):
-        curves = [np.array(c) for c in curves_of(args, name)]
+    for colour, (name, found) in zip(COLOURS, curves_of(args).items(), strict=False):
+        curves = [np.array(c) for c in found]
         for axis, column in zip(axes, (1, 2), strict=True):
             for curve in curves:
                 axis.plot(curve[:, column], curve[:, 3], color=colour, alpha=0.3, linewidth=0.8)

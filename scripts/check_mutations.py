@@ -519,6 +519,13 @@ MUTATIONS = (
         HISTORY,
     ),
     Mutation(
+        "a history is asked by place instead of prompt",
+        "diffalign/sampling/rollouts.py",
+        "[self.prompts[index] for index, _ in self.plan.micro_batch(number)]",
+        "[self.prompts[place] for place, _ in enumerate(self.plan.micro_batch(number))]",
+        ROLLOUTS,
+    ),
+    Mutation(
         "pictures are compared with themselves",
         "reward_models/mmd.py",
         "(every.sum(1) - every.diagonal()) / (len(x) - 1)",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from diffusers import DDPMScheduler
+from PIL import Image
 
 from diffalign import preflight
 from diffalign._preflight_images import UNREAD
@@ -16,6 +17,7 @@ from diffalign.config import RunConfig
 from diffalign.config_loading import build, load_config
 from diffalign.errors import ConfigError
 from diffalign.losses.diffusion.ddpo import DDPO
+from diffalign.losses.policy_gradient import RLOO
 from diffalign.schedules import Schedule
 from diffalign.trainer import train
 
@@ -118,13 +120,72 @@ def test_a_history_of_rewards_leaves_nothing_to_other_baselines(tmp_path: Path) 
     objective = {"name": "ddpo", "center": "mean"}
     with pytest.raises(ConfigError, match=r"objective\.center: got 'mean'.*no effect.*rollout\.history"):
         preflight.check(config_of("groups", tmp_path, objective=objective, rollout={"history": 16}))
-    preflight.check(config_of("groups", tmp_path, objective={"name": "ddpo"}, rollout={"history": 16}))
+    rloo = {"name": "rloo", "beta": 0.0, "normalize_advantages": True}
+    with pytest.raises(ConfigError, match=r"normalize_advantages: got True.*no effect"):
+        preflight.check(config_of("groups", tmp_path, objective=rloo, rollout={"history": 16}))
+    for count in (1, 4):  # it needs no groups
+        changes = {"history": 16, "samples_per_prompt": count}
+        preflight.check(config_of("groups", tmp_path, objective={"name": "ddpo"}, rollout=changes))
+
+
+@pytest.mark.parametrize(
+    ("objective", "why"),
+    [
+        ({"name": "dgpo"}, "mean within a prompt is free"),
+        ({"name": "crd"}, "mean within a prompt is free"),
+        ({"name": "ddpo", "aggregate": "normalize_then_sum"}, "sum_then_normalize"),
+        ({"name": "grpo", "beta": 0.1, "kl_in": "reward"}, "no divergence is in the reward"),
+    ],
+)
+def test_a_history_is_refused_where_it_means_something_else(
+    objective: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"rollout\.history: got 16, which has no effect: .*{why}"):
+        preflight.check(config_of("groups", tmp_path, objective=objective, rollout={"history": 16}))
+
+
+@pytest.mark.parametrize(
+    ("way", "changes", "message"),
+    [
+        ("candidates", {}, r"'mmd:.*compares all images of a call, and objective 'spo' scores them one by one"),
+        ("draft", {"rollout": {"decode_batch_size": 1}}, r"decode_batch_size: got 1; reward 'mmd:"),
+        ("draft", {"rollout": {"decode_batch_size": 7}}, r"of training\.train_batch_size 8 one would be left alone"),
+        ("draft", {"evaluation": {"rewards": ["mmd:FOLDER"]}}, r"evaluation: reward 'mmd:.*one number of a whole set"),
+        ("draft", {}, None),
+        ("groups", {}, None),
+    ],
+)
+def test_a_reward_of_sets_is_taken_where_sets_are_scored(
+    way: str, changes: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    reward = f"mmd:{tmp_path}:tiny-clip"
+    rollout: dict[str, Any] = {"rewards": [reward]} | changes.get("rollout", {})
+    if way == "draft":
+        rollout |= {"prompts": ["a", "b"]}
+    tree: dict[str, Any] = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"family": "sdxl", "pretrained": "tiny-sdxl"},
+        "data": {"resolution": 32},
+        "objective": {"name": "draft"} if way == "draft" else WAYS[way]["objective"],
+        "rollout": rollout if way == "draft" else {"prompts": ["a", "b"], "samples_per_prompt": 4} | rollout,
+        "training": {"train_batch_size": 8},
+        "evaluation": {"rewards": [reward]} if "evaluation" in changes else {},
+    }
+    if message is None:
+        preflight.check(build(tree))
+        return
+    with pytest.raises(ConfigError, match=message):
+        preflight.check(build(tree))
 
 
 def test_the_table_names_keys_that_there_are() -> None:
     for entry in UNREAD:
-        section = DDPO() if entry.section == "objective" else getattr(load_config("demo_dpo"), entry.section)
-        assert set(entry.names) <= {field.name for field in dataclasses.fields(section)}
+        sections = (
+            [getattr(load_config("demo_dpo"), entry.section)] if entry.section != "objective" else [DDPO(), RLOO()]
+        )
+        assert set(entry.names) <= {field.name for one in sections for field in dataclasses.fields(one)}
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 A history is a baseline that needs no groups. DDPO's code (kvablack/ddpo-pytorch:ddpo_pytorch/stat_tracking.py) compares a
 reward with the last rewards of the same prompt, the round's own among them, and with the whole round while it knows too few
-of them. That works where prompts come back often; with a list that is longer than what a run samples, no prompt is ever
-known (PRDP, arXiv 2402.08714, reports that DDPO fails then), and groups (`samples_per_prompt`, `objective.center: mean`) do
-the same within a round.
+of them. That works where prompts come back often; with a list that is longer than what a run samples, hardly any prompt is
+ever known (PRDP, arXiv 2402.08714, reports that DDPO fails then), and groups (`samples_per_prompt`, `objective.center:
+mean`) do the same within a round.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffalign import rewards
-from diffalign._preflight_images import check_group
+from diffalign._preflight_images import check_group, check_set
 from diffalign.config import RunConfig
 from diffalign.data.batch import mapped
 from diffalign.data.loader import BatchPlan, PairMicroBatches
@@ -118,6 +118,7 @@ class ImageRollouts:
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
         for name, model in zip(self.rollout.rewards, self.models, strict=True):
             check_group(config, name, model.grouped)
+            check_set(config, name, model.sets)
         self.offload = Offload(self.models, self.rollout.offload_rewards)
         self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
         self.sign = reward_sign(config)

@@ -18,7 +18,6 @@ from diffalign.errors import ConfigError
 from diffalign.evaluate import score_all
 from diffalign.reward_server import RewardServer
 from diffalign.rewards import RewardError, score
-from diffalign.score_cache import ScoreCache
 from reward_models.mmd import MMD, kernel, within
 
 KERNELS = ("linear", "cubic", "rbf")
@@ -99,23 +98,22 @@ def test_one_picture_is_no_set(folder: Path) -> None:
         score(reward, pictures(1, 32, 32), [""])
 
 
-def test_a_call_is_not_cut(folder: Path, tmp_path: Path) -> None:
+def test_a_call_is_not_cut(folder: Path) -> None:
     for name in (f"mmd:{folder}:tiny-clip", f"mix:2*mmd:{folder}:tiny-clip"):
         reward: Any = rewards.load(name)
         images, prompts = pictures(5, 32, 32), [""] * 5
         whole = score(reward, images, prompts)
         torch.testing.assert_close(score(reward, images, prompts, batch_size=2), whole)
-        eight_bit = (images * 255).round().to(torch.uint8)
-        with ScoreCache(tmp_path / "scores.sqlite") as cache:
-            for part in (eight_bit[:2], eight_bit):
-                found = score_all(reward, part, prompts[: len(part)], batch_size=2, cache=cache, name=name)
-        torch.testing.assert_close(found, whole)
+        with pytest.raises(ConfigError, match=r"evaluation: reward .*one number of a whole set"):
+            score_all(reward, (images * 255).to(torch.uint8), prompts, name=name)
+        assert rewards.of_sets(name)
+        assert not rewards.groups(name)
 
 
 def test_who_scores_pictures_as_they_come_refuses_it(folder: Path) -> None:
     name = f"mmd:{folder}:tiny-clip"
     with pytest.raises(ConfigError, match=r"score: reward 'mmd:.*compares pictures with one another"):
-        rewards.refuse_groups(name, rewards.groups(name), "score")
+        rewards.refuse_groups(name, rewards.compares(rewards.load(name)), "score")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"serve-reward: reward 'mmd:.*compares all pictures of a call"):
         RewardServer(rewards.load(name), name)
 

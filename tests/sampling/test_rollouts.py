@@ -316,6 +316,29 @@ def test_a_history_of_rewards_goes_on_when_a_run_is_resumed(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(("objective", "count"), [("ddpo", 1), ("ddpo", 2), ("diffusion_nft", 2)])
+def test_a_history_is_asked_by_the_prompts_of_the_round(
+    run: Any, seen: Any, objective: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[int, list[str]] = {}
+
+    def advantages(self: RewardHistory, number: int, prompts: Any, reward: torch.Tensor) -> torch.Tensor:
+        asked[number] = list(prompts)
+        return torch.tensor([float(PROMPTS.index(text)) for text in prompts])
+
+    monkeypatch.setattr(RewardHistory, "advantages", advantages)
+    rollout = {"history": 6, "history_min": 3, "samples_per_prompt": count}
+    rollout |= {"steps_per_sample": 1} if objective == "ddpo" else {}
+    run("run", objective, rollout=rollout, training={"max_train_steps": 2, "train_batch_size": 6})
+    job = seen[0][0]
+    for number, prompts in asked.items():
+        assert prompts == [PROMPTS[i] for i, _ in job.rollouts.plan.micro_batch(number) for _ in range(count)]
+    assert set(asked) == {0, 1}
+    for _, batch, _ in seen:  # every image has what was made of its own prompt, which its id names
+        own = [float(name.removeprefix("rollout ").partition("/")[0]) for name in batch.ids]
+        assert batch.layout.groups.advantage.tolist() == own
+
+
 def test_a_reward_that_dies_loses_no_step(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"settings": {"beta": 50.0}, "training": {"max_train_steps": 4}}
     original, calls, fatal = rewards.score, [], [0]
