@@ -343,18 +343,27 @@ def check_group(config: RunConfig, name: str, grouped: bool) -> None:
     Raises:
         ConfigError: naming the reward.
     """
-    count, batch = config.rollout.samples_per_prompt, config.sampling.batch_size
     if grouped:
         if config.objective.rows_from in ("candidates", "differentiable"):
             raise ConfigError(
                 f"rollout.rewards: {name!r} compares the images of a prompt, and objective {config.objective.name!r} scores "
                 "them one by one; remove it"
             )
-        if batch % count:
-            raise ConfigError(
-                f"sampling.batch_size: got {batch}; reward {name!r} compares the images of a prompt, which are scored as "
-                f"they are sampled: expected a multiple of rollout.samples_per_prompt {count}"
-            )
+        _check_together(config, name, "the images of a prompt")
+
+
+def _check_together(config: RunConfig, name: str, what: str) -> None:
+    """Refuse rounds whose images would not be scored by whole prompts of several."""
+    count, batch = config.rollout.samples_per_prompt, config.sampling.batch_size
+    if count < 2:
+        raise ConfigError(
+            f"rollout.samples_per_prompt: got {count}; reward {name!r} compares {what}: expected at least 2"
+        )
+    if batch % count:
+        raise ConfigError(
+            f"sampling.batch_size: got {batch}; reward {name!r} compares {what}, which are scored as they are sampled: "
+            f"expected a multiple of rollout.samples_per_prompt {count}"
+        )
 
 
 def check_set(config: RunConfig, name: str, sets: bool) -> None:
@@ -371,7 +380,15 @@ def check_set(config: RunConfig, name: str, sets: bool) -> None:
             f"rollout.rewards: {name!r} compares all images of a call, and objective {config.objective.name!r} scores them "
             "one by one; remove it"
         )
-    if config.objective.rows_from == "differentiable" and isinstance(size, int) and (part < 2 or size % part == 1):
+    if config.objective.rows_from != "differentiable":
+        _check_together(config, name, "all images of a call")
+        return
+    if (link := getattr(config.objective, "link", "linear")) != "linear":
+        raise ConfigError(
+            f"objective.link: got {link!r}; reward {name!r} is of a set, and only the sum over its images has a gradient: "
+            "take linear"
+        )
+    if isinstance(size, int) and (part < 2 or size % part == 1):
         raise ConfigError(
             f"rollout.decode_batch_size: got {part}; reward {name!r} compares the images that are decoded together, and of "
             f"training.train_batch_size {size} one would be left alone: take a divisor of it, the larger the better"

@@ -150,6 +150,7 @@ def _check_image_rollout(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.reward_weights: got {len(rollout.reward_weights)} for {len(rollout.rewards)} rewards; give one each"
         )
+    _check_reward_weights(config)
     from_data, own = objective.from_data, objective.rows_from == "truncated"
     if from_data and rollout.prompts:
         raise ConfigError(
@@ -306,6 +307,24 @@ _DOES = {"image": "works on images", "text": "works on texts", "reward": "trains
 
 def _default(cls: type, name: str) -> Any:
     return next(f.default for f in dataclasses.fields(cls) if f.name == name)
+
+
+def _check_reward_weights(config: RunConfig) -> None:
+    """Refuse weights of rewards that would be normalised away, or multiplied with others."""
+    objective = config.objective
+    if not config.rollout.reward_weights or not hasattr(objective, "reward_weights"):
+        return
+    if objective.reward_weights is not None:
+        raise ConfigError(
+            f"rollout.reward_weights: got {list(config.rollout.reward_weights)} beside objective.reward_weights "
+            f"{list(objective.reward_weights)}; give one of them"
+        )
+    # Those without `aggregate` normalise every reward by itself.
+    if getattr(objective, "aggregate", "normalize_then_sum") == "normalize_then_sum" and objective.name != "prdp":
+        raise ConfigError(
+            f"rollout.reward_weights: objective {objective.name!r} normalises every reward by itself, which takes weights "
+            "out again; give objective.reward_weights instead"
+        )
 
 
 def _check_experts(config: RunConfig, family: type[Family]) -> None:

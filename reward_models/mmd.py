@@ -104,6 +104,8 @@ def _parse(text: str) -> tuple[tuple[Path, ...], Kernel, str]:
     what, colon, model = text.partition(":")
     folder, at, name = what.rpartition("@")
     folder, name = (folder, name) if at else (name, "cubic")
+    if at and name not in get_args(Kernel) and Path(what).is_dir():
+        folder, name = what, "cubic"
     if not folder:
         raise ConfigError("mmd: no folder of pictures to compare with; write mmd:FOLDER, as in mmd:photos")
     kinds = get_args(Kernel)

@@ -102,9 +102,17 @@ class VisionReward(vlm.JudgeReward):
         self.settings = _read(file)
         named = self.settings.alignment
         self.alignment = rewards.load(named, device, dtype) if named else None
-        if named and self.alignment:
-            rewards.refuse_groups(named, rewards.compares(self.alignment), "vision_reward")
         self._parts: dict[str, Tensor] = {}
+
+    @classmethod
+    def check_argument(cls, argument: str | None) -> None:
+        super().check_argument(argument)
+        named = _read(argument or "").alignment
+        if named and (rewards.groups(named) or rewards.of_sets(named)):
+            raise ConfigError(
+                f"vision_reward: alignment {named!r} compares pictures with one another, and each is judged alone; name "
+                "another"
+            )
 
     @classmethod
     def questions(cls, file: str) -> vlm.Questions:

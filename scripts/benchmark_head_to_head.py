@@ -80,6 +80,9 @@ def run(name: str, base: str, seed: int, args: argparse.Namespace) -> None:
         print(f"{out.name}: exit status {code}, see {log}", flush=True)
         return
     curve = read(out, args.reward)
+    if len(curve) == 1:
+        print(f"{out.name}: {args.reward} is none of its evaluation.rewards; nothing is kept", flush=True)
+        return
     result = {
         "demo": name,
         "base": base,

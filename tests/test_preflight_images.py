@@ -145,12 +145,34 @@ def test_a_history_is_refused_where_it_means_something_else(
 
 
 @pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"name": "gdpo", "beta": 30.0}, "normalises every reward by itself"),
+        ({"name": "grpo", "aggregate": "normalize_then_sum"}, "normalises every reward by itself"),
+        ({"name": "ddpo", "reward_weights": [1.0]}, "beside objective.reward_weights"),
+        ({"name": "ddpo"}, None),
+        ({"name": "prdp"}, None),
+        ({"name": "raft"}, None),
+    ],
+)
+def test_weights_that_would_be_lost_are_refused(objective: dict[str, Any], message: str | None, tmp_path: Path) -> None:
+    config = config_of("groups", tmp_path, objective=objective, rollout={"reward_weights": [0.5]})
+    if message is None:
+        preflight.check(config)
+        return
+    with pytest.raises(ConfigError, match=rf"rollout\.reward_weights: .*{message}"):
+        preflight.check(config)
+
+
+@pytest.mark.parametrize(
     ("way", "changes", "message"),
     [
         ("candidates", {}, r"'mmd:.*compares all images of a call, and objective 'spo' scores them one by one"),
         ("draft", {"rollout": {"decode_batch_size": 1}}, r"decode_batch_size: got 1; reward 'mmd:"),
         ("draft", {"rollout": {"decode_batch_size": 7}}, r"of training\.train_batch_size 8 one would be left alone"),
         ("draft", {"evaluation": {"rewards": ["mmd:FOLDER"]}}, r"evaluation: reward 'mmd:.*one number of a whole set"),
+        ("draft", {"objective": {"link": "hinge", "target": 1.0}}, r"objective\.link: got 'hinge'.*take linear"),
+        ("groups", {"sampling": {"batch_size": 6}}, r"sampling\.batch_size: got 6; reward 'mmd:.*multiple of.*4"),
         ("draft", {}, None),
         ("groups", {}, None),
     ],
@@ -168,7 +190,8 @@ def test_a_reward_of_sets_is_taken_where_sets_are_scored(
         "output_dir": str(tmp_path / "run"),
         "model": {"family": "sdxl", "pretrained": "tiny-sdxl"},
         "data": {"resolution": 32},
-        "objective": {"name": "draft"} if way == "draft" else WAYS[way]["objective"],
+        "objective": {"name": "draft"} | changes.get("objective", {}) if way == "draft" else WAYS[way]["objective"],
+        "sampling": changes.get("sampling", {}),
         "rollout": rollout if way == "draft" else {"prompts": ["a", "b"], "samples_per_prompt": 4} | rollout,
         "training": {"train_batch_size": 8},
         "evaluation": {"rewards": [reward]} if "evaluation" in changes else {},

@@ -103,12 +103,10 @@ class GroupObjective(Objective):
 def group_metrics(groups: Groups, advantage: Tensor) -> dict[str, Tensor]:
     """What every objective on groups reports: rewards, advantages, and the share of groups that teach nothing."""
     reward = total_reward(groups.reward)
-    return detached(
-        reward=reward[~reward.isnan()],
-        advantage=advantage,
-        advantage__abs=advantage.abs(),
-        frac_zero_std=zero_std_groups(groups.reward, groups.group),
-    )
+    found = detached(reward=reward[~reward.isnan()], advantage=advantage, advantage__abs=advantage.abs())
+    if groups.advantage is not None and len(groups.group.unique()) == len(groups.group):
+        return found  # single images, which are compared with those of other rounds
+    return found | detached(frac_zero_std=zero_std_groups(groups.reward, groups.group))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from diffalign.losses.advantages import total_reward
 from diffalign.losses.base import AnyLayout, LossOut, Needs, Objective, detached, needs
 from diffalign.losses.fine_grained import masked_sum
 from diffalign.losses.layouts import Groups, Items, Layout
@@ -116,7 +117,7 @@ def imitation_metrics(scores: Scores, rows: Tensor) -> dict[str, Tensor]:
 class RFT(Objective):
     """Rejection-sampling fine-tuning: imitation of the samples that a verifier accepts. arXiv id from memory.
 
-    Samples come as groups; those whose reward (the first, if there are several) exceeds `threshold` are imitated, and a
+    Samples come as groups; those whose reward (the sum, if there are several) exceeds `threshold` are imitated, and a
     prompt with many accepted samples counts for more.
 
     Attributes:
@@ -135,7 +136,7 @@ class RFT(Objective):
 
     def accepted(self, groups: Groups) -> Tensor:
         """Which samples are imitated, bool (M,)."""
-        return groups.reward[:, 0] > self.threshold
+        return total_reward(groups.reward) > self.threshold
 
     def __call__(self, scores: Scores, layout: AnyLayout, stats: Mapping[str, Tensor] | None = None) -> LossOut:
         groups = Layout.of(layout).need_groups()
@@ -161,7 +162,7 @@ class RAFT(RFT):
     composition: ClassVar[str] = "NLL of the best sample of every group"
 
     def accepted(self, groups: Groups) -> Tensor:
-        reward = groups.reward[:, 0]
+        reward = total_reward(groups.reward)
         same = groups.group[:, None] == groups.group[None, :]
         place = torch.arange(len(reward), device=reward.device)
         better = (reward[None, :] > reward[:, None]) | (

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffalign.config import RunConfig
 from diffalign.losses import Groups, Objective
 from diffalign.losses.group_objective import GroupObjective
+from diffalign.sampling.rules import reward_weights
 
 
 class RoundAdvantages:
@@ -29,6 +30,7 @@ class RoundAdvantages:
 
     def __init__(self, config: RunConfig) -> None:
         self.objective: Objective = config.objective
+        self.weights = reward_weights(config)
         size = config.rollout.history
         self.history = None if size is None else RewardHistory(size, config.rollout.history_min)
 
@@ -41,7 +43,7 @@ class RoundAdvantages:
             rewards: place and rewards (K, R) of every prompt of the round, over all processes.
         """
         group = torch.tensor([place for place, reward in rewards for _ in reward])
-        reward = torch.cat([reward for _, reward in rewards])
+        reward = torch.cat([reward for _, reward in rewards]) * self.weights
         groups = Groups(index=torch.arange(len(reward)), group=group, reward=reward)
         if self.history is None:
             advantage = self.objective.round_advantage(groups)

@@ -26,7 +26,7 @@ from diffalign.sampling.entries import (
     Transition,
     Truncated,
 )
-from diffalign.sampling.rules import noise_of
+from diffalign.sampling.rules import noise_of, reward_weights
 from diffalign.sampling.trajectories import Grid
 from diffalign.schedules import generator_for
 
@@ -89,6 +89,7 @@ class Batches:
         self.winners, self.kept = winners, list(kept)
         self.objective: Objective = config.objective
         self.independent = noise_of(config) == "independent"
+        self.weights = reward_weights(config)
 
     def winner(self, place: int, visit: int) -> PairExample:
         assert self.winners is not None, "objectives of these sources have data"
@@ -222,7 +223,7 @@ class Batches:
         if groups:
             sizes = torch.tensor([len(e.numbers) for e in entries])
             group = torch.arange(len(entries)).repeat_interleave(sizes)
-            reward = torch.cat([e.rewards for e in entries])
+            reward = torch.cat([e.rewards for e in entries]) * self.weights
             parts = [e.advantage for e in entries if e.advantage is not None]
             advantage = torch.cat(parts) if parts else None
             layout = Layout(groups=Groups(index=index, group=group, reward=reward, advantage=advantage))
@@ -262,7 +263,7 @@ class Batches:
         groups = Groups(
             index=torch.arange(count),
             group=torch.arange(len(entries)).repeat_interleave(sizes),
-            reward=torch.cat([e.rewards for e in entries]),
+            reward=torch.cat([e.rewards for e in entries]) * self.weights,
             advantage=torch.cat(parts) if parts else None,
         )
         return StepBatch(
@@ -285,7 +286,7 @@ class Batches:
         groups = Groups(
             index=torch.arange(count),
             group=torch.arange(len(entries)).repeat_interleave(sizes),
-            reward=torch.cat([e.rewards for e in entries]),
+            reward=torch.cat([e.rewards for e in entries]) * self.weights,
         )
         return TrajectoryBatch(
             ids=tuple(f"{e.id}/{k}" for e in entries for k in range(len(e.old))),

@@ -72,6 +72,7 @@ from diffalign.sampling.rules import (
     candidate_steps,
     noise_level,
     reward_sign,
+    reward_weights,
     round_size,
     sampling_policy,
     window_starts,
@@ -120,7 +121,7 @@ class ImageRollouts:
             check_group(config, name, model.grouped)
             check_set(config, name, model.sets)
         self.offload = Offload(self.models, self.rollout.offload_rewards)
-        self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
+        self.weights = reward_weights(config)
         self.sign = reward_sign(config)
         self.pairing = config.rollout.pairing or self.objective.sampling.pairing
         self.eta = noise_level(config)
@@ -340,7 +341,7 @@ class ImageRollouts:
                 given.append(scoring.submit(self._decoded(made.clean) if self.models else made.clean, captions))
                 parts.append(mapped(made, lambda x: x.cpu()))
             every = torch.cat([one.result() for one in given])
-        total = every @ torch.tensor(self.weights) if self.models else every.new_zeros(len(rows))
+        total = every @ self.weights if self.models else every.new_zeros(len(rows))
         trajectory = Trajectory(
             [torch.cat(level) for level in zip(*(part.latents for part in parts), strict=True)],
             [torch.cat(level) for level in zip(*(part.outputs for part in parts), strict=True)],
@@ -582,7 +583,7 @@ class ImageRollouts:
             ]
             if any(step in some for some in wanted):
                 given = self._reward(self._clean(candidates, many, step + 1), captions)
-                total = (given @ torch.tensor(self.weights)).view(-1, count)
+                total = (given @ self.weights).view(-1, count)
                 for n, name in enumerate(names):
                     if step not in wanted[n]:
                         continue

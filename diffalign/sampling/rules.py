@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from diffalign.config import RunConfig
 from diffalign.errors import ConfigError
 from diffalign.losses import Kind, Objective
@@ -23,6 +26,11 @@ def samples_images(config: RunConfig) -> bool:
 def noise_of(config: RunConfig) -> str:
     """Whether the images of a pair or group share their timestep and noise."""
     return config.denoising.noise or str(config.objective.noise)
+
+
+def reward_weights(config: RunConfig) -> Tensor:
+    """Of every reward, float32 (R,); all 1 where none are given. Rows of groups have their rewards times this."""
+    return torch.tensor(config.rollout.reward_weights or (1.0,) * len(config.rollout.rewards))
 
 
 def reward_sign(config: RunConfig) -> float:

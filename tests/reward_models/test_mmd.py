@@ -132,6 +132,15 @@ def test_what_cannot_work_is_refused_before_loading(argument: str | None, messag
         MMD.check_argument(argument and argument.replace("FOLDER", str(folder)))
 
 
+def test_a_folder_may_have_an_at_in_its_name(tmp_path: Path) -> None:
+    place = tmp_path / "me@home"
+    place.mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(place / f"{name}.png")
+    MMD.check_argument(str(place))
+    MMD.check_argument(f"{place}@rbf")
+
+
 def test_a_folder_with_one_picture_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ConfigError, match=re.escape("holds one picture")):

@@ -162,6 +162,8 @@ def test_vision_reward_asks_every_question_of_every_picture(tmp_path: Path, monk
     said = Said(answer)
     monkeypatch.setattr("diffalign.vlm.connect", lambda *_: said)
     images = torch.stack([DARK, BRIGHT])
+    with pytest.raises(ConfigError, match=r"vision_reward: alignment 'diversity:tiny-clip' compares pictures"):
+        rewards.check_images(f"vision_reward:{write(tmp_path, server='http://x', alignment='diversity:tiny-clip')}")
     reward = rewards.load(f"vision_reward:{write(tmp_path, server='http://x', alignment='none')}")
     got = score(reward, images, ["a", "b"])
     harmless = WEIGHTS[26] + WEIGHTS[27]  # masked by the body, as published

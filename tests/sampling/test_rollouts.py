@@ -316,6 +316,35 @@ def test_a_history_of_rewards_goes_on_when_a_run_is_resumed(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_history_is_loaded_where_a_round_is_made_anew(run: Any, seen: Any) -> None:
+    rollout = {"history": 6, "history_min": 3, "steps_per_sample": 1, "steps_per_generation": 4}
+    run("run", "ddpo", rollout=rollout, training={"max_train_steps": 1, "train_batch_size": 6})
+    rollouts = seen[0][0].rollouts
+    state = rollouts.state_dict()
+    assert {"round", "entries", "history"} <= state.keys()
+    for changes, kept in (({}, True), ({"processes": 2}, False)):
+        rollouts.advantages.history, rollouts._round = RewardHistory(6, 3), None
+        rollouts.load_state_dict(state | changes)
+        assert rollouts.advantages.state_dict()["history"] == state["history"]
+        assert (rollouts._round is not None) == kept
+
+
+@pytest.mark.parametrize("objective", ["ddpo", "diffusion_nft", "prdp", "raft", "rwr"])
+def test_weights_of_rewards_reach_what_is_trained(run: Any, bright: str, tmp_path: Path, objective: str) -> None:
+    (tmp_path / "dark.py").write_text(
+        Path(bright).read_text().replace("Bright", "Dark").replace("return ", "return -3 * ")
+    )
+    training = {"max_train_steps": 1, "train_batch_size": 6}
+    alone = run("alone", objective, rollout={"rewards": [bright]}, training=training)
+    both = [bright, str(tmp_path / "dark.py")]
+    weighed = run("weighed", objective, rollout={"rewards": both, "reward_weights": [1, 0]}, training=training)
+    plain = run("plain", objective, rollout={"rewards": both}, training=training)
+    a, b, c = (next(iter(read_rows(x / "metrics.jsonl"))) for x in (alone, weighed, plain))
+    keys = [key for key in ("loss", "grad_norm", "reward") if key in a]
+    assert [a[key] for key in keys] == [b[key] for key in keys]
+    assert [a[key] for key in keys] != [c[key] for key in keys]
+
+
 @pytest.mark.parametrize(("objective", "count"), [("ddpo", 1), ("ddpo", 2), ("diffusion_nft", 2)])
 def test_a_history_is_asked_by_the_prompts_of_the_round(
     run: Any, seen: Any, objective: str, count: int, monkeypatch: pytest.MonkeyPatch
@@ -668,7 +697,7 @@ def test_rewards_that_wait_are_asked_in_a_thread_while_sampling_goes_on() -> Non
     begun, may_end = threading.Event(), threading.Event()
 
     class Slow:
-        waits, clips, grouped, differentiable = True, False, False, False
+        waits, clips, grouped, sets, differentiable = True, False, False, False, False
 
         def __call__(self, images: torch.Tensor, prompts: list[str], metadata: Any = None) -> torch.Tensor:
             assert not torch.is_grad_enabled()
@@ -688,7 +717,7 @@ def test_rewards_that_wait_are_asked_in_a_thread_while_sampling_goes_on() -> Non
 
 def test_a_reward_that_dies_in_its_thread_ends_the_round_with_its_message() -> None:
     class Dead:
-        waits, clips, grouped, differentiable = True, False, False, False
+        waits, clips, grouped, sets, differentiable = True, False, False, False, False
 
         def __call__(self, images: torch.Tensor, prompts: list[str], metadata: Any = None) -> torch.Tensor:
             raise rewards.RewardError("the server is gone")
