@@ -591,3 +591,10 @@ def test_equal_noise_at_zero_signal_teaches_nothing():
     assert out.loss.item() == pytest.approx(math.log(2))
     (grad,) = torch.autograd.grad(out.loss, theta)
     assert grad.abs() < 1e-9
+
+
+@pytest.mark.parametrize("objective", [losses.RFT(threshold=0.5), losses.RAFT()])
+def test_several_rewards_of_samples_count_by_their_sum(objective: losses.RFT) -> None:
+    reward = torch.tensor([[1.0, -2.0], [0.0, 0.7], [0.9, 0.1], [1.6, -1.4]])
+    groups = losses.Groups(index=torch.arange(4), group=torch.tensor([0, 0, 1, 1]), reward=reward)
+    assert objective.accepted(groups).tolist() == [False, True, True, False]

@@ -206,8 +206,8 @@ CASES = [
         ),
         identities=[it_is_sft_on_the_accepted(0.5), no_sample_above_is_fine],
         mutations=[
-            ("groups.reward[:, 0] > self.threshold", "groups.reward[:, 0] < self.threshold"),
-            ("groups.reward[:, 0] > self.threshold", "groups.reward[:, 0] > -self.threshold"),
+            ("total_reward(groups.reward) > self.threshold", "total_reward(groups.reward) < self.threshold"),
+            ("total_reward(groups.reward) > self.threshold", "total_reward(groups.reward) > -self.threshold"),
             ("return LossOut(row_loss(", "return LossOut(-row_loss("),
         ],
         kinds=ALL,
