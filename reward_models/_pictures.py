@@ -44,7 +44,6 @@ def to_tensor(reference: Any, reward: str) -> Tensor:
     Raises:
         RewardError: it is none of these, or cannot be read.
     """
-
     if isinstance(reference, Tensor):
         fits = reference.ndim == 3 and reference.shape[0] == 3 and reference.is_floating_point()
         if not fits or not 0 <= float(reference.min()) <= float(reference.max()) <= 1:

@@ -33,7 +33,7 @@ from diffalign.losses.diffusion.walks import PROMPT, Backprop, Chain, End, Level
 from diffalign.policy import Policy, guided, recomputed, without_dropout
 from diffalign.prediction import append_dims, convert
 from diffalign.sampling.batches import Conditions
-from diffalign.sampling.rules import noise_level, reward_sign
+from diffalign.sampling.rules import noise_level, reward_sign, reward_weights
 from diffalign.sampling.trajectories import Grid, make_grid, next_mean
 from diffalign.schedules import generator_for
 
@@ -98,7 +98,7 @@ class RewardPaths:
         assert isinstance(objective, Backprop), "other objectives have other sources"
         self.objective: Backprop = objective
         self.models = [rewards.load(name, device=accelerator.device) for name in self.rollout.rewards]
-        self.weights = self.rollout.reward_weights or (1.0,) * len(self.models)
+        self.weights = reward_weights(config)
         self.sign = reward_sign(config)
         self.eta = noise_level(config)
         steps = self.rollout.num_inference_steps
@@ -168,7 +168,7 @@ class RewardPaths:
                 texts = [template.replace(PROMPT, prompt) for prompt in prompts[start : start + len(images)]]
                 given = [rewards.score(model, images, texts).to(images.device) for model in self.models]
                 each = each + weight * torch.stack(given, 1)
-            return self.sign * (each @ each.new_tensor(self.weights)), each.detach()
+            return self.sign * (each @ self.weights.to(each)), each.detach()
 
         return through_decoder(self.family.decode_latents, score, end.latents, self.rollout.decode_batch_size)
 
